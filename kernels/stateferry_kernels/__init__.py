@@ -1,0 +1,1 @@
+"""Mamba-2 serving kernels in grid form. Knows tensors, slots and positions; knows no requests."""

@@ -1,0 +1,89 @@
+"""Checks at every host entry. They raise; what they let through, a kernel may rely on."""
+
+from __future__ import annotations
+
+import torch
+
+from stateferry_kernels.layer_state import LayerState, SsmLayerParams
+
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Raises TypeError on a dtype, ValueError on a shape that is not the one wanted."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_pool(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless every dimension but the first is contiguous."""
+    if tensor.shape[0] and not tensor[0].is_contiguous():
+        raise ValueError(f"{name}: only the first dimension may be strided")
+
+
+def check_ssm_inputs(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    params: SsmLayerParams,
+    state: LayerState,
+    num_rows: int,
+) -> None:
+    """Raises TypeError or ValueError unless all fit each other: x, out and z
+    (num_rows, nheads, headdim), dt (num_rows, nheads), B and C (num_rows, ngroups, dstate)."""
+    _, nheads, headdim, dstate = state.ssm_state.shape
+    _, grid, ngroups, _ = state.tail_B.shape
+    dtypes = (state.tail_x.dtype,)
+    check_tensor("x", x, (num_rows, nheads, headdim), dtypes)
+    check_tensor("dt", dt, (num_rows, nheads), ACTIVATION_DTYPES)
+    check_tensor("B", B, (num_rows, ngroups, dstate), dtypes)
+    check_tensor("C", C, (num_rows, ngroups, dstate), dtypes)
+    check_tensor("out", out, (num_rows, nheads, headdim), dtypes)
+    if z is not None:
+        check_tensor("z", z, (num_rows, nheads, headdim), dtypes)
+    check_params(params, nheads)
+    check_state(state)
+    if nheads % ngroups:
+        raise ValueError(f"{nheads} heads do not divide into {ngroups} groups")
+
+
+def check_params(params: SsmLayerParams, nheads: int) -> None:
+    """Raises TypeError or ValueError on parameters of another layer's size."""
+    check_tensor("A", params.A, (nheads,), (torch.float32,))
+    if params.D is not None:
+        check_tensor("D", params.D, (nheads,), (torch.float32,))
+    if params.dt_bias is not None:
+        check_tensor("dt_bias", params.dt_bias, (nheads,), (torch.float32,))
+    low, high = params.dt_limit
+    if not low <= high:
+        raise ValueError(f"dt_limit: {low} is above {high}")
+
+
+def check_state(state: LayerState) -> None:
+    """Raises TypeError or ValueError unless the views describe one layer of one model."""
+    num_slots, nheads, headdim, dstate = state.ssm_state.shape
+    num_pages, grid, ngroups, _ = state.tail_B.shape
+    conv_dim, window = state.conv_state.shape[1:]
+    activation = (state.tail_x.dtype,)
+    check_tensor("ssm_state", state.ssm_state, state.ssm_state.shape, (torch.float32,))
+    check_tensor("conv_state", state.conv_state, (num_slots, conv_dim, window), activation)
+    check_tensor("tail_xBC", state.tail_xBC, (num_pages, grid, conv_dim), activation)
+    check_tensor("tail_x", state.tail_x, (num_pages, grid, nheads, headdim), ACTIVATION_DTYPES)
+    check_tensor("tail_B", state.tail_B, (num_pages, grid, ngroups, dstate), activation)
+    check_tensor("tail_dt", state.tail_dt, (num_pages, grid, nheads), (torch.float32,))
+    if conv_dim != nheads * headdim + 2 * ngroups * dstate:
+        raise ValueError(f"conv_dim {conv_dim} does not fit nheads, headdim, ngroups and dstate")
+    if grid < window:
+        raise ValueError(f"a grid of {grid} is shorter than the convolution's window of {window}")
+    for name in ("ssm_state", "conv_state", "tail_xBC", "tail_x", "tail_B", "tail_dt"):
+        check_pool(name, getattr(state, name))

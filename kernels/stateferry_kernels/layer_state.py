@@ -1,0 +1,75 @@
+"""What one Mamba-2 layer keeps for its sequences: views into pools that somebody else owns.
+
+A sequence that has consumed ``position`` tokens is, on each layer::
+
+    g = position // grid * grid                the last grid point
+    state slot   ssm_state and conv_state, both as of exactly g tokens
+    tail page    rows [0, position - g): the inputs of the tokens since g
+
+A decode step appends one row to the tail page and writes no state. When the tail is full, ``commit``
+folds it into a *fresh* slot: the old slot stays as a finished snapshot. Nothing else ever changes, so
+a state slot is immutable from the moment it was written.
+
+Slot ``ZERO_SLOT`` holds the state of every sequence at position 0: all zeros, shared, never written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ZERO_SLOT = 0
+PAD_SLOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StateGeometry:
+    """Sizes of a model's recurrent state; what a pool has to know to hold it."""
+
+    num_layers: int
+    nheads: int
+    headdim: int
+    dstate: int
+    ngroups: int
+    d_conv: int
+    conv_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One layer's views. The first stride of each is arbitrary; all other dimensions are contiguous.
+
+    Slots and pages are recycled without clearing: no operation may let a byte that was not written
+    for this sequence reach a result (tests poison them with NaN).
+    """
+
+    ssm_state: torch.Tensor  # (num_slots, nheads, headdim, dstate) fp32
+    conv_state: torch.Tensor  # (num_slots, conv_dim, d_conv - 1) activation dtype, raw columns
+    tail_xBC: torch.Tensor  # (num_pages, grid, conv_dim) activation dtype, raw: before the conv
+    tail_x: torch.Tensor  # (num_pages, grid, nheads, headdim) activation dtype, after conv and SiLU
+    tail_B: torch.Tensor  # (num_pages, grid, ngroups, dstate) activation dtype, after conv and SiLU
+    tail_dt: torch.Tensor  # (num_pages, grid, nheads) fp32, after bias, softplus and clamp
+
+    @property
+    def grid(self) -> int:
+        return self.tail_dt.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class SsmLayerParams:
+    """One layer's parameters of the recurrence. ``A`` is negative (already ``-exp(A_log)``)."""
+
+    A: torch.Tensor  # (nheads,) fp32
+    D: torch.Tensor | None  # (nheads,) fp32
+    dt_bias: torch.Tensor | None  # (nheads,) fp32
+    dt_softplus: bool
+    dt_limit: tuple[float, float]  # (min, max) after softplus
+
+
+@dataclass(frozen=True, slots=True)
+class ConvParams:
+    """One layer's depthwise causal convolution, followed by SiLU."""
+
+    weight: torch.Tensor  # (conv_dim, d_conv)
+    bias: torch.Tensor | None  # (conv_dim,)

@@ -1,0 +1,1 @@
+"""Projections whose rows do not depend on how many rows share the call."""

@@ -1,0 +1,1 @@
+"""The chunk scan: prefill's form of the state space model."""

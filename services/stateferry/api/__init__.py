@@ -1,0 +1,1 @@
+"""The wire: codecs between protobuf messages and core values, status codes, server plumbing."""

@@ -1,0 +1,1 @@
+"""Who owns which state slot and tail page, and the memory behind them."""

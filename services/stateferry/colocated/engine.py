@@ -1,0 +1,111 @@
+"""The one-process engine: what a cluster must agree with, token for token.
+
+It is the same schedulers, cache and runner as the workers', without gRPC and without a transfer: a
+computed prompt's lease simply passes from the prefill to the decode scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stateferry.cache.state_cache import StateCache
+from stateferry.core.errors import InvariantViolation
+from stateferry.core.request import GenerationRequest
+from stateferry.core.sampling import FinishReason, SampledToken
+from stateferry.engine.runner import ModelRunner
+from stateferry.scheduler.decode import DecodeScheduler
+from stateferry.scheduler.prefill import PrefillScheduler
+from stateferry.worker.batches import decode_batch, extend_batch
+
+
+@dataclass(slots=True)
+class Output:
+    """Tokens of one request so far; ``finish_reason`` is set when there will be no more."""
+
+    tokens: list[SampledToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+
+class ColocatedEngine:
+    """Synchronous: ``submit`` requests, call ``step`` until ``num_unfinished`` is 0."""
+
+    def __init__(
+        self, runner: ModelRunner, cache: StateCache, *, grid: int, budget_tokens: int
+    ) -> None:
+        self._runner = runner
+        self._cache = cache
+        self._prefill = PrefillScheduler(
+            cache, grid=grid, budget_tokens=budget_tokens, max_waiting=1 << 30
+        )
+        self._decode = DecodeScheduler(cache, max_waiting=0)
+        self._requests: dict[str, GenerationRequest] = {}
+        self.outputs: dict[str, Output] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; its output grows in ``outputs``."""
+        self._prefill.submit(request.request_id, request.prompt_len)
+        self._requests[request.request_id] = request
+        self.outputs[request.request_id] = Output()
+
+    def step(self) -> None:
+        """One extend and one decode pass, of whatever is ready."""
+        self._extend()
+        self._decode_once()
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> dict[str, Output]:
+        """Run requests to their end and take their outputs."""
+        for request in requests:
+            self.submit(request)
+        while self.num_unfinished:
+            self.step()
+        return {request.request_id: self.outputs.pop(request.request_id) for request in requests}
+
+    def _extend(self) -> None:
+        step = self._prefill.schedule()
+        if step is None:
+            return
+        tokens = self._runner.extend(extend_batch(step, self._requests, self._cache))
+        for request_id, token in zip(self._prefill.complete(step), tokens, strict=True):
+            token = self._trusted(request_id, token)
+            stop = self._requests[request_id].stop
+            self._emit(request_id, token, stop.check(token.token_id, 1))
+            if request_id in self._requests:
+                self._prefill.hand_over(request_id)
+                self._decode.take_over(request_id, token.token_id, stop)
+            else:
+                self._prefill.release(request_id)
+
+    def _decode_once(self) -> None:
+        step = self._decode.schedule()
+        if step is None:
+            return
+        sampled = self._runner.decode(decode_batch(step, self._requests, self._cache))
+        tokens = {
+            row.request_id: self._trusted(row.request_id, token)
+            for row, token in zip(step.rows, sampled, strict=True)
+        }
+        ids = [token.token_id for token in tokens.values()]
+        for advance in self._decode.complete(step, ids):
+            self._emit(advance.request_id, tokens[advance.request_id], advance.finish_reason)
+
+    def _emit(self, request_id: str, token: SampledToken, reason: FinishReason | None) -> None:
+        output = self.outputs[request_id]
+        output.tokens.append(token)
+        if reason is not None:
+            output.finish_reason = reason
+            del self._requests[request_id]
+
+    @staticmethod
+    def _trusted(request_id: str, token: SampledToken | None) -> SampledToken:
+        if token is None:
+            raise InvariantViolation(f"{request_id}: the model's logits are not finite")
+        return token

@@ -1,0 +1,212 @@
+"""Every setting, parsed once: the only module that reads the environment or a configuration file.
+
+A setting is ``section.key``. Later sources win: default, then the TOML file (``[section] key = ..``),
+then the environment (``STATEFERRY_SECTION_KEY``), then the command line. A component gets its own
+frozen section by constructor and never looks anywhere else. docs/CONFIG.md is generated from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stateferry.core.errors import ConfigError
+
+ENV_PREFIX = "STATEFERRY"
+
+
+def _setting(default: Any, help: str, *, secret: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSection:
+    """What all processes of one cluster share."""
+
+    key: str = _setting(
+        "",
+        "Secret that signs tickets, 16 bytes or more; the same on every process. "
+        "`stateferry serve` draws one when it is empty.",
+        secret=True,
+    )
+    routers: str = _setting("", "host:port of the routers that a worker joins, comma separated.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSection:
+    """Which model is served, and how its state is laid out."""
+
+    dir: str = _setting("", "Hugging Face model directory. Empty: the bundled model.")
+    name: str = _setting("", "Name that clients see. Empty: the directory's name.")
+    dtype: str = _setting("float32", "Weights and activations: float32 or bfloat16.")
+    grid_tokens: int = _setting(0, "Tokens per grid interval. 0: the model's own chunk_size.")
+    max_context_tokens: int = _setting(32768, "Prompt and generated tokens of one request.")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSection:
+    """The public door."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(50051, "gRPC port; 0 picks a free one.")
+    metrics_port: int = _setting(0, "Prometheus port on the same host; 0 picks a free one.")
+    max_prompt_bytes: int = _setting(1 << 20, "Longest prompt text, in UTF-8 bytes.")
+    max_requests: int = _setting(512, "Requests in flight; more are refused at once.")
+    max_queue_s: float = _setting(30.0, "Longest wait for a free worker before refusing, seconds.")
+    heartbeat_interval_s: float = _setting(0.5, "How often workers report, seconds.")
+    ticket_lifetime_s: float = _setting(30.0, "How long a ticket may be used, seconds.")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSection:
+    """One prefill or decode worker."""
+
+    id: str = _setting("", "Stable name of the worker, for example decode-0.")
+    host: str = _setting("127.0.0.1", "Address to listen on, and to tell others.")
+    port: int = _setting(0, "gRPC port; 0 picks a free one.")
+    metrics_port: int = _setting(0, "Prometheus port on the same host; 0 picks a free one.")
+    transfer_port: int = _setting(0, "Port that receives state (decode); 0 picks a free one.")
+    max_requests: int = _setting(32, "Sequences held at the same time; sizes the state pools.")
+    max_queue: int = _setting(256, "Requests waiting for a place; more are refused.")
+    extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.")
+    kernels: str = _setting("auto", "Kernel backend: auto, torch, reference.")
+    threads: int = _setting(1, "CPU threads of one tensor operation.")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSection:
+    """The hand-off between workers."""
+
+    transport: str = _setting("ucx", "ucx, or inproc inside one process (tests).")
+    max_handoff_bytes: int = _setting(1 << 30, "Largest hand-off that is believed.")
+    staging_bytes: int = _setting(256 << 20, "Buffers for hand-offs in flight, per process.")
+    connect_timeout_s: float = _setting(1.0, "Longest wait for a connection, seconds.")
+    progress_timeout_s: float = _setting(5.0, "Longest silence inside a hand-off, seconds.")
+    seal_timeout_s: float = _setting(60.0, "Longest wait from reservation to seal, seconds.")
+    ucx_tls: str = _setting("", "UCX_TLS; empty leaves the choice to UCX.")
+
+
+@dataclass(frozen=True, slots=True)
+class LogSection:
+    """What is written to standard error."""
+
+    level: str = _setting("info", "debug, info, warning or error. Prompts are never logged.")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All sections. Each process uses those of its role."""
+
+    cluster: ClusterSection = ClusterSection()
+    model: ModelSection = ModelSection()
+    router: RouterSection = RouterSection()
+    worker: WorkerSection = WorkerSection()
+    transfer: TransferSection = TransferSection()
+    log: LogSection = LogSection()
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Read all sources. ``overrides`` maps ``section.key`` to a value (None: not given).
+
+    Raises ConfigError naming the key of an unknown setting or a value of the wrong type.
+    """
+    environ = os.environ if environ is None else environ
+    given: dict[str, object] = {}
+    if file is not None:
+        given |= _flatten(_read_toml(file))
+    given |= _from_environment(environ)
+    given |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    return _build(given)
+
+
+def to_environment(config: Config) -> dict[str, str]:
+    """The environment that gives a child process the same configuration, defaults left out."""
+    result = {}
+    for section_name, section in _sections(config):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if value != field.default:
+                result[_variable(section_name, field.name)] = str(value)
+    return result
+
+
+def _build(given: Mapping[str, object]) -> Config:
+    known = {
+        f"{name}.{field.name}" for name, s in _sections(Config()) for field in dataclasses.fields(s)
+    }
+    for key in given:
+        if key not in known:
+            raise ConfigError(key, "no such setting")
+    sections = {}
+    for name, section in _sections(Config()):
+        hints = typing.get_type_hints(type(section))
+        values = {
+            field.name: _coerce(f"{name}.{field.name}", given[f"{name}.{field.name}"], hints)
+            for field in dataclasses.fields(section)
+            if f"{name}.{field.name}" in given
+        }
+        sections[name] = dataclasses.replace(section, **values)
+    return Config(**sections)
+
+
+def _coerce(key: str, value: object, hints: Mapping[str, type]) -> object:
+    kind = hints[key.rpartition(".")[2]]
+    if isinstance(kind, types.UnionType):
+        raise ConfigError(key, "optional settings are not supported")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and kind is not str:
+        try:
+            return kind(value)
+        except ValueError:
+            raise ConfigError(key, f"{value!r} is not of type {kind.__name__}") from None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(key, f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _sections(config: Config) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+
+
+def _variable(section: str, key: str) -> str:
+    return f"{ENV_PREFIX}_{section}_{key}".upper()
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, section in _sections(Config()):
+        for field in dataclasses.fields(section):
+            variable = _variable(name, field.name)
+            if variable in environ:
+                found[f"{name}.{field.name}"] = environ[variable]
+    return found
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("--config", f"cannot read {file}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("--config", f"{file} is not TOML: {error}") from error
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            raise ConfigError(section, "settings live in sections, as in [router]")
+        flat |= {f"{section}.{key}": value for key, value in values.items()}
+    return flat

@@ -1,0 +1,1 @@
+"""Plain values every other package speaks in: requests, ids, errors, clocks. Stdlib only."""

@@ -1,0 +1,106 @@
+"""Tickets: the router's signed permission for one attempt of one request on two named workers.
+
+Wire form: ``version (1 byte) | HMAC-SHA256 (32 bytes) | JSON body``. The MAC covers version and
+body. Workers take peers and sizes from tickets only, never from clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import secrets
+from dataclasses import dataclass, field
+
+from stateferry.core.clock import Clock
+from stateferry.core.errors import ConfigError, TicketError
+from stateferry.core.ids import Role, WorkerKey
+
+_VERSION = b"\x01"
+_MAC_BYTES = 32
+_TICKET_MAX_BYTES = 4096
+KEY_MIN_BYTES = 16
+CLOCK_SKEW_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One attempt (``epoch``) of one request. ``expires_at_s`` is wall-clock seconds.
+
+    ``decode`` and ``transfer_address`` are None when no token after the first is wanted, so that
+    nothing has to be handed off.
+    """
+
+    request_id: str
+    epoch: int
+    tenant: str
+    prefill: WorkerKey
+    decode: WorkerKey | None
+    transfer_address: str | None
+    prompt_len: int
+    max_tokens: int
+    expires_at_s: float
+    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+class TicketSigner:
+    """Signs and opens tickets with the cluster key (at least 16 bytes)."""
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) < KEY_MIN_BYTES:
+            raise ConfigError("cluster.key", f"needs at least {KEY_MIN_BYTES} bytes")
+        self._key = key
+
+    def sign(self, ticket: Ticket) -> bytes:
+        body = json.dumps(dataclasses.asdict(ticket), separators=(",", ":")).encode()
+        return _VERSION + self._mac(body) + body
+
+    def open(self, blob: bytes) -> Ticket:
+        """The ticket in ``blob``, its signature checked. Raises TicketError."""
+        if not 1 + _MAC_BYTES < len(blob) <= _TICKET_MAX_BYTES or blob[:1] != _VERSION:
+            raise TicketError("not a ticket of this version")
+        mac, body = blob[1 : 1 + _MAC_BYTES], blob[1 + _MAC_BYTES :]
+        if not hmac.compare_digest(mac, self._mac(body)):
+            raise TicketError("the ticket's signature is wrong")
+        fields = json.loads(body)
+        fields["prefill"] = WorkerKey(**fields["prefill"])
+        fields["decode"] = WorkerKey(**fields["decode"]) if fields["decode"] else None
+        return Ticket(**fields)
+
+    def _mac(self, body: bytes) -> bytes:
+        return hmac.digest(self._key, _VERSION + body, hashlib.sha256)
+
+
+class TicketDesk:
+    """A worker's side: admits each ticket once, and only those meant for this life of it."""
+
+    def __init__(self, signer: TicketSigner, role: Role, me: WorkerKey, clock: Clock) -> None:
+        self._signer = signer
+        self._role = role
+        self._me = me
+        self._clock = clock
+        self._used: dict[str, float] = {}
+
+    def admit(self, blob: bytes) -> Ticket:
+        """Open, check and use up a ticket. Raises TicketError."""
+        ticket = self._signer.open(blob)
+        now_s = self._clock.wall_s()
+        mine = ticket.prefill if self._role is Role.PREFILL else ticket.decode
+        if mine != self._me:
+            raise TicketError(f"the ticket is for {mine}, this is {self._me}")
+        if now_s > ticket.expires_at_s + CLOCK_SKEW_S:
+            raise TicketError("the ticket has expired")
+        self._forget_expired(now_s)
+        if ticket.nonce in self._used:
+            raise TicketError("the ticket was used before")
+        self._used[ticket.nonce] = ticket.expires_at_s + CLOCK_SKEW_S
+        return ticket
+
+    def _forget_expired(self, now_s: float) -> None:
+        # Tickets live about as long as each other, so the dict is ordered by expiry.
+        while self._used:
+            nonce, until_s = next(iter(self._used.items()))
+            if until_s >= now_s:
+                return
+            del self._used[nonce]

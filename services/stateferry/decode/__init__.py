@@ -1,0 +1,1 @@
+"""The decode worker: receives a sequence's state, then streams its tokens."""

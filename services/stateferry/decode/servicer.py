@@ -1,0 +1,119 @@
+"""The decode worker's gRPC door.
+
+::
+
+    router --Generate(ticket)--> servicer --> loop: lease memory
+    router <--Reserved---------- servicer --> receiver: expect exactly this push
+                   prefill worker ==UCX==> receiver --> sealed --> copied into the lease
+    router <--Tokens 1, 2, ..--- servicer <-- loop <-- runner (decode rows)
+    router <--WorkerFinish------ servicer
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from stateferry.api import worker_codec as codec
+from stateferry.api.status import streams_errors
+from stateferry.cache.state_cache import StateCache
+from stateferry.core.errors import InvalidRequest
+from stateferry.core.handoff import HandoffMeta
+from stateferry.core.request import GenerationRequest
+from stateferry.core.ticket import Ticket, TicketDesk
+from stateferry.core.worker import WorkerDescription
+from stateferry.decode.intake import take_in
+from stateferry.decode.loop import DecodeLoop
+from stateferry.transfer.receiver import Expectation, HandoffReceiver
+from stateferry.v1 import worker_pb2, worker_pb2_grpc
+from stateferry.worker.limits import check_stop_ids
+from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.waiting import run_to_end
+
+log = logging.getLogger(__name__)
+
+
+def _log_failure(error: Exception) -> None:
+    log.warning("decode request failed: %s: %s", type(error).__name__, error)
+
+
+class DecodeServicer(worker_pb2_grpc.DecodeServicer):
+    """One call is one attempt of one request; its end, however it comes, frees everything."""
+
+    def __init__(
+        self,
+        desk: TicketDesk,
+        loop: DecodeLoop,
+        cache: StateCache,
+        receiver: HandoffReceiver,
+        description: WorkerDescription,
+        observer: WorkerObserver,
+        seal_timeout_s: float,
+    ) -> None:
+        self._desk = desk
+        self._loop = loop
+        self._cache = cache
+        self._receiver = receiver
+        self._description = description
+        self._observer = observer
+        self._seal_timeout_s = seal_timeout_s
+
+    @streams_errors(_log_failure)
+    async def Generate(
+        self,
+        request: worker_pb2.DecodeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[worker_pb2.DecodeEvent]:
+        ticket = self._desk.admit(request.ticket)
+        wanted = self._accept(ticket, request)
+        try:
+            await self._loop.reserve(wanted.request_id)
+            expectation = self._receiver.expect(
+                ticket.request_id,
+                ticket.epoch,
+                ticket.prefill,
+                self._cache.pool.max_sequence_bytes(),
+            )
+            try:
+                yield worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved())
+                meta = await self._receive(expectation, ticket)
+            finally:
+                expectation.cancel()
+            async for step in self._loop.decode(wanted, meta.first_token_id):
+                yield codec.tokens_event(step.index, [step.token])
+                if step.finish_reason is not None:
+                    yield worker_pb2.DecodeEvent(finished=codec.finish_to_pb(step.finish_reason))
+        finally:
+            self._loop.abort(wanted.request_id)
+
+    def _accept(self, ticket: Ticket, request: worker_pb2.DecodeRequest) -> GenerationRequest:
+        wanted = GenerationRequest(
+            request_id=ticket.request_id,
+            prompt_ids=(),
+            sampling=codec.sampling_from_pb(request.sampling),
+            stop=codec.stop_from_pb(request.stop),
+        )
+        check_stop_ids(wanted, self._description)
+        if not 1 < wanted.stop.max_tokens <= ticket.max_tokens:
+            raise InvalidRequest("stop.max_tokens", f"not between 2 and {ticket.max_tokens}")
+        if ticket.prompt_len + ticket.max_tokens > self._description.max_context_tokens:
+            limit = self._description.max_context_tokens
+            raise InvalidRequest("stop.max_tokens", f"exceeds {limit} tokens in all")
+        return wanted
+
+    async def _receive(self, expectation: Expectation, ticket: Ticket) -> HandoffMeta:
+        with self._observer.handoff() as handoff:
+            received = await expectation.sealed(self._seal_timeout_s)
+            try:
+                handoff.size_bytes = received.size_bytes
+                meta = await run_to_end(
+                    None, take_in, received, ticket.request_id, ticket.prompt_len, self._cache
+                )
+            finally:
+                received.release()
+        if meta.first_token_id >= self._description.vocab_size:
+            raise InvalidRequest("first_token_id", f"not below {self._description.vocab_size}")
+        return meta

@@ -1,0 +1,115 @@
+"""What one forward pass works on. An extend and a decode are different things, so are their batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stateferry_kernels.layer_state import PAD_SLOT
+from stateferry_kernels.plans import (
+    BoundaryWrite,
+    CommitPlan,
+    DecodePlan,
+    ExtendPlan,
+    ExtendSequence,
+)
+
+from stateferry.cache.lease import SequenceLease
+from stateferry.core.errors import InvariantViolation
+from stateferry.core.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to choose output token ``index`` of one request. ``banned_ids`` cannot be chosen."""
+
+    params: SamplingParams
+    index: int
+    banned_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendRow:
+    """A run of prompt tokens of one sequence. ``sample`` is set when token 0 follows from it."""
+
+    lease: SequenceLease
+    token_ids: tuple[int, ...]
+    sample: SampleSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendBatch:
+    rows: tuple[ExtendRow, ...]
+
+    def plan(self, grid: int) -> ExtendPlan:
+        """Where each sequence reads and writes; the last grid point passed goes to ``next_slot``."""
+        sequences = []
+        for row in self.rows:
+            lease, length = row.lease, len(row.token_ids)
+            last_passed = (lease.position + length) // grid * grid
+            boundaries: tuple[BoundaryWrite, ...] = ()
+            if last_passed > lease.position:
+                boundaries = (BoundaryWrite(last_passed, lease.next_slot),)
+            sequences.append(
+                ExtendSequence(
+                    start=lease.position,
+                    length=length,
+                    state_slot=lease.state_slot,
+                    tail_page=lease.tail_page,
+                    boundaries=boundaries,
+                )
+            )
+        return ExtendPlan(grid, tuple(sequences))
+
+    def advance(self, grid: int) -> None:
+        """Move the leases past what was computed."""
+        for row in self.rows:
+            lease, length = row.lease, len(row.token_ids)
+            if (lease.position + length) // grid > lease.position // grid:
+                lease.advance_past_boundary(length)
+            else:
+                lease.advance(length)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInput:
+    """One sequence's next token to consume."""
+
+    lease: SequenceLease
+    token_id: int
+    sample: SampleSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    rows: tuple[DecodeInput, ...]
+
+    def plan(self, grid: int) -> DecodePlan:
+        leases = [row.lease for row in self.rows]
+        if any(lease.state_slot == PAD_SLOT for lease in leases):
+            raise InvariantViolation("a lease points at PAD_SLOT")
+        return DecodePlan(
+            grid=grid,
+            state_slots=tuple(lease.state_slot for lease in leases),
+            tail_pages=tuple(lease.tail_page for lease in leases),
+            tail_rows=tuple(lease.position % grid for lease in leases),
+        )
+
+    def commit_plan(self, grid: int) -> CommitPlan | None:
+        """The commits that are due after this step: sequences whose tail it has filled."""
+        due = [row.lease for row in self.rows if (row.lease.position + 1) % grid == 0]
+        if not due:
+            return None
+        return CommitPlan(
+            grid=grid,
+            src_slots=tuple(lease.state_slot for lease in due),
+            dst_slots=tuple(lease.next_slot for lease in due),
+            tail_pages=tuple(lease.tail_page for lease in due),
+        )
+
+    def advance(self, grid: int) -> None:
+        """Move the leases past the consumed token."""
+        for row in self.rows:
+            if (row.lease.position + 1) % grid == 0:
+                row.lease.advance_past_boundary(1)
+            else:
+                row.lease.advance(1)

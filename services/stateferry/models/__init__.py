@@ -1,0 +1,1 @@
+"""Models that read Hugging Face directories and run on the serving kernels."""

@@ -1,0 +1,146 @@
+"""Runs the prefill scheduler's steps, one after the other, off the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from stateferry.cache.state_cache import StateCache
+from stateferry.core.clock import Clock
+from stateferry.core.errors import InvariantViolation, StateferryError
+from stateferry.core.request import GenerationRequest
+from stateferry.core.sampling import SampledToken
+from stateferry.engine.runner import ModelRunner
+from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
+from stateferry.worker.batches import extend_batch
+from stateferry.worker.waiting import Wakeup, run_to_end
+
+log = logging.getLogger(__name__)
+
+# (kind, seconds, rows, tokens) of each step that ran.
+StepObserver = Callable[[str, float, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedPrompt:
+    """A prompt whose state is complete; its lease is held until ``release``."""
+
+    token: SampledToken
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(slots=True)
+class _Pending:
+    request: GenerationRequest
+    done: asyncio.Future[ComputedPrompt]
+    arrived_s: float
+    started_s: float | None = None
+
+
+class PrefillLoop:
+    """Owned by one event loop; ``run`` is its only user of the runner."""
+
+    def __init__(
+        self,
+        scheduler: PrefillScheduler,
+        cache: StateCache,
+        runner: ModelRunner,
+        executor: Executor,
+        clock: Clock,
+        observe_step: StepObserver,
+    ) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._runner = runner
+        self._executor = executor
+        self._clock = clock
+        self._observe_step = observe_step
+        self._pending: dict[str, _Pending] = {}
+        self._wakeup = Wakeup()
+
+    async def compute(self, request: GenerationRequest) -> ComputedPrompt:
+        """Queue a prompt and wait for token 0.
+
+        Whatever the outcome, the caller must ``abort`` or ``release`` the request afterwards.
+        """
+        self._scheduler.submit(request.request_id, request.prompt_len)
+        done = asyncio.get_running_loop().create_future()
+        self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
+        self._wakeup.set()
+        return await done
+
+    def release(self, request_id: str) -> None:
+        """Return the memory of a computed prompt."""
+        self._pending.pop(request_id, None)
+        self._scheduler.release(request_id)
+        self._wakeup.set()
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request in any phase; its memory is free once no step can touch it."""
+        self._scheduler.abort(request_id)
+        if not self._scheduler.knows(request_id):
+            self._pending.pop(request_id, None)
+        self._wakeup.set()
+
+    async def run(self) -> None:
+        """Step for ever; end it by cancelling. A step that fails hurts only its own requests."""
+        while True:
+            step = self._scheduler.schedule()
+            if step is None:
+                await self._wakeup.wait()
+                continue
+            began_s = self._clock.monotonic_s()
+            for part in step.slices:
+                pending = self._pending[part.request_id]
+                pending.started_s = pending.started_s or began_s
+            await self._run_step(step)
+            took_s = self._clock.monotonic_s() - began_s
+            self._observe_step("extend", took_s, len(step.slices), step.num_tokens)
+
+    async def _run_step(self, step: ExtendStep) -> None:
+        requests = {p.request_id: self._pending[p.request_id].request for p in step.slices}
+        try:
+            batch = extend_batch(step, requests, self._cache)
+            tokens = await run_to_end(self._executor, self._runner.extend, batch)
+        except Exception as error:
+            log.exception("an extend step failed")
+            self._scheduler.fail(step)
+            for part in step.slices:
+                self._fail(part.request_id, error)
+            return
+        sampled = [part.request_id for part in step.slices if part.is_last]
+        finished = set(self._scheduler.complete(step))
+        for request_id, token in zip(sampled, tokens, strict=True):
+            if request_id in finished:
+                self._finish(request_id, token)
+        for part in step.slices:
+            if not self._scheduler.knows(part.request_id):
+                self._pending.pop(part.request_id, None)
+
+    def _finish(self, request_id: str, token: SampledToken | None) -> None:
+        pending = self._pending[request_id]
+        if token is None:
+            self._fail(request_id, InvariantViolation("the model's logits are not finite"))
+            return
+        if pending.started_s is None:
+            raise InvariantViolation(f"{request_id} finished without having started")
+        computed = ComputedPrompt(
+            token=token,
+            queue_s=pending.started_s - pending.arrived_s,
+            prefill_s=self._clock.monotonic_s() - pending.started_s,
+        )
+        if not pending.done.done():
+            pending.done.set_result(computed)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        pending = self._pending.get(request_id)
+        if pending is None or pending.done.done():
+            return
+        known = isinstance(error, StateferryError)
+        pending.done.set_exception(
+            error if known else InvariantViolation(f"a prefill step failed: {error!r}")
+        )

@@ -1,0 +1,127 @@
+"""The prefill worker's gRPC door.
+
+::
+
+    router --Run(ticket, prompt)--> servicer --> loop --> runner (chunk scan)
+    router <--FirstToken----------- servicer <-- loop
+                                    servicer --> sender ==UCX==> decode worker
+    router <--HandedOff------------ servicer <-- sealed
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from stateferry.api import worker_codec as codec
+from stateferry.api.status import streams_errors
+from stateferry.cache.state_cache import StateCache
+from stateferry.core.errors import InvalidRequest
+from stateferry.core.handoff import HandoffMeta
+from stateferry.core.request import GenerationRequest
+from stateferry.core.ticket import Ticket, TicketDesk
+from stateferry.core.worker import WorkerDescription
+from stateferry.prefill.loop import ComputedPrompt, PrefillLoop
+from stateferry.transfer.manifest import segment_from_tensor
+from stateferry.transfer.sender import HandoffSender, PushReceipt
+from stateferry.v1 import worker_pb2, worker_pb2_grpc
+from stateferry.worker.limits import check_request
+from stateferry.worker.observer import WorkerObserver
+
+log = logging.getLogger(__name__)
+
+
+def _log_failure(error: Exception) -> None:
+    log.warning("prefill request failed: %s: %s", type(error).__name__, error)
+
+
+class PrefillServicer(worker_pb2_grpc.PrefillServicer):
+    """One call is one attempt of one request; its end, however it comes, frees everything."""
+
+    def __init__(
+        self,
+        desk: TicketDesk,
+        loop: PrefillLoop,
+        cache: StateCache,
+        sender: HandoffSender,
+        description: WorkerDescription,
+        observer: WorkerObserver,
+    ) -> None:
+        self._desk = desk
+        self._loop = loop
+        self._cache = cache
+        self._sender = sender
+        self._description = description
+        self._observer = observer
+
+    @streams_errors(_log_failure)
+    async def Run(
+        self,
+        request: worker_pb2.PrefillRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[worker_pb2.PrefillEvent]:
+        ticket = self._desk.admit(request.ticket)
+        wanted = self._accept(ticket, request)
+        try:
+            computed = await self._loop.compute(wanted)
+            finish = wanted.stop.check(computed.token.token_id, 1)
+            first = self._first_token_event(computed)
+            if finish is not None:
+                first.first_token.finish.CopyFrom(codec.finish_to_pb(finish))
+            yield first
+            if finish is None:
+                receipt = await self._hand_off(ticket, computed.token.token_id)
+                yield worker_pb2.PrefillEvent(
+                    handed_off=worker_pb2.HandedOff(
+                        size_bytes=receipt.size_bytes,
+                        duration_s=receipt.duration_s,
+                        transport=receipt.transport,
+                    )
+                )
+        finally:
+            self._loop.abort(wanted.request_id)
+
+    def _accept(self, ticket: Ticket, request: worker_pb2.PrefillRequest) -> GenerationRequest:
+        wanted = GenerationRequest(
+            request_id=ticket.request_id,
+            prompt_ids=tuple(request.prompt_ids),
+            sampling=codec.sampling_from_pb(request.sampling),
+            stop=codec.stop_from_pb(request.stop),
+        )
+        if wanted.prompt_len != ticket.prompt_len:
+            raise InvalidRequest("prompt_ids", f"{wanted.prompt_len} ids, not {ticket.prompt_len}")
+        if wanted.stop.max_tokens > ticket.max_tokens:
+            raise InvalidRequest("stop.max_tokens", "more than the ticket allows")
+        if wanted.stop.max_tokens > 1 and ticket.decode is None:
+            raise InvalidRequest("ticket", "names no decode worker though tokens are to follow")
+        check_request(wanted, self._description)
+        return wanted
+
+    async def _hand_off(self, ticket: Ticket, first_token_id: int) -> PushReceipt:
+        if ticket.decode is None or ticket.transfer_address is None:
+            raise InvalidRequest("ticket", "names no decode worker")
+        lease = self._cache.lease(ticket.request_id)
+        views = self._cache.pool.sequence_views(lease)
+        with self._observer.handoff() as handoff:
+            receipt = await self._sender.push(
+                address=ticket.transfer_address,
+                receiver=ticket.decode,
+                request_id=ticket.request_id,
+                epoch=ticket.epoch,
+                payload=HandoffMeta(lease.position, first_token_id).encode(),
+                segments=[segment_from_tensor(v.kind, v.layer, v.tensor) for v in views],
+            )
+            handoff.size_bytes = receipt.size_bytes
+        return receipt
+
+    def _first_token_event(self, computed: ComputedPrompt) -> worker_pb2.PrefillEvent:
+        return worker_pb2.PrefillEvent(
+            first_token=worker_pb2.FirstToken(
+                token=codec.token_to_pb(computed.token),
+                queue_s=computed.queue_s,
+                prefill_s=computed.prefill_s,
+            )
+        )

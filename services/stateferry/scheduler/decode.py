@@ -1,0 +1,173 @@
+"""Which sequences take a decode step next: all that are ready, joining and leaving at any step.
+
+Life of a sequence::
+
+    admit -> waiting -> (memory leased) reserved -> activate -> active -> finished
+                 abort at any point; memory is returned once no step in flight can touch it
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stateferry.core.errors import InvariantViolation, Overloaded
+from stateferry.core.sampling import FinishReason, StopConditions
+from stateferry.scheduler.memory import StateMemory
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One sequence's next step: consume ``token_id``, which was output token ``index - 1``, and
+    sample output token ``index``."""
+
+    request_id: str
+    token_id: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """What one forward pass decodes; never empty."""
+
+    rows: tuple[DecodeRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a step did for one request that is still wanted."""
+
+    request_id: str
+    index: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request_id: str
+    stop: StopConditions
+    last_token_id: int
+    num_output_tokens: int
+
+
+class DecodeScheduler:
+    """Continuous batching. One step is in flight at a time: ``schedule``, run it, ``complete``."""
+
+    def __init__(self, memory: StateMemory, *, max_waiting: int) -> None:
+        self._memory = memory
+        self._max_waiting = max_waiting
+        self._waiting: deque[str] = deque()
+        self._reserved: set[str] = set()
+        self._active: dict[str, _Sequence] = {}
+        self._in_flight: DecodeStep | None = None
+        self._gone_in_flight: set[str] = set()
+
+    def admit(self, request_id: str) -> None:
+        """Queue for memory. Raises Overloaded when the queue is full."""
+        if self.knows(request_id):
+            raise InvariantViolation(f"{request_id} was admitted twice")
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting for memory already")
+        self._waiting.append(request_id)
+
+    def reserve_waiting(self) -> tuple[str, ...]:
+        """Lease memory to those who wait, in order; returns who got it."""
+        reserved = []
+        while self._waiting and self._memory.reserve(self._waiting[0]):
+            request_id = self._waiting.popleft()
+            self._reserved.add(request_id)
+            reserved.append(request_id)
+        return tuple(reserved)
+
+    def activate(self, request_id: str, first_token_id: int, stop: StopConditions) -> None:
+        """A reserved sequence's state is complete and token 0 is known: it may step."""
+        self._reserved.remove(request_id)
+        self._join(request_id, first_token_id, stop)
+
+    def take_over(self, request_id: str, first_token_id: int, stop: StopConditions) -> None:
+        """Continue a sequence whose memory was leased by somebody else over the same cache."""
+        if self.knows(request_id):
+            raise InvariantViolation(f"{request_id} is here already")
+        self._join(request_id, first_token_id, stop)
+
+    def schedule(self) -> DecodeStep | None:
+        """The next step, or None when no sequence is ready."""
+        if self._in_flight is not None:
+            raise InvariantViolation("a step is in flight already")
+        rows = tuple(
+            DecodeRow(s.request_id, s.last_token_id, s.num_output_tokens)
+            for s in self._active.values()
+        )
+        self._in_flight = DecodeStep(rows) if rows else None
+        return self._in_flight
+
+    def complete(self, step: DecodeStep, token_ids: Sequence[int | None]) -> tuple[Advance, ...]:
+        """Account for a step and its sampled tokens; None for a row that failed.
+
+        Finished and failed sequences return their memory; failed ones have no advance.
+        """
+        if step is not self._in_flight:
+            raise InvariantViolation("completed a step that was not in flight")
+        self._in_flight = None
+        advances = []
+        for row, token_id in zip(step.rows, token_ids, strict=True):
+            if row.request_id in self._gone_in_flight:
+                self._gone_in_flight.remove(row.request_id)
+                self._memory.release(row.request_id)
+                continue
+            if token_id is None:
+                self.abort(row.request_id)
+                continue
+            sequence = self._active[row.request_id]
+            sequence.last_token_id = token_id
+            sequence.num_output_tokens += 1
+            reason = sequence.stop.check(token_id, sequence.num_output_tokens)
+            if reason is not None:
+                self.abort(row.request_id)
+            advances.append(Advance(row.request_id, row.index, reason))
+        return tuple(advances)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request in any phase. Unknown ids are ignored: it may have ended already."""
+        if request_id in self._reserved:
+            self._reserved.remove(request_id)
+            self._memory.release(request_id)
+        elif request_id in self._active:
+            del self._active[request_id]
+            if self._step_touches(request_id):
+                self._gone_in_flight.add(request_id)
+            else:
+                self._memory.release(request_id)
+        elif request_id in self._waiting:
+            self._waiting.remove(request_id)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request still has anything here, memory included."""
+        return (
+            request_id in self._active
+            or request_id in self._reserved
+            or request_id in self._gone_in_flight
+            or request_id in self._waiting
+        )
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """Requests that hold memory."""
+        return len(self._active) + len(self._reserved) + len(self._gone_in_flight)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens not computed yet: none, a decode worker computes no prompts."""
+        return 0
+
+    def _join(self, request_id: str, first_token_id: int, stop: StopConditions) -> None:
+        self._active[request_id] = _Sequence(request_id, stop, first_token_id, num_output_tokens=1)
+
+    def _step_touches(self, request_id: str) -> bool:
+        step = self._in_flight
+        return step is not None and any(row.request_id == request_id for row in step.rows)

@@ -1,0 +1,60 @@
+"""From a scheduler's step to a batch for the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stateferry.cache.state_cache import StateCache
+from stateferry.core.request import GenerationRequest
+from stateferry.engine.forward_batch import (
+    DecodeBatch,
+    DecodeInput,
+    ExtendBatch,
+    ExtendRow,
+    SampleSpec,
+)
+from stateferry.scheduler.decode import DecodeStep
+from stateferry.scheduler.prefill import ExtendStep
+
+
+def extend_batch(
+    step: ExtendStep, requests: Mapping[str, GenerationRequest], cache: StateCache
+) -> ExtendBatch:
+    """Prompt slices; a prompt's last slice samples token 0."""
+    rows = []
+    for part in step.slices:
+        request = requests[part.request_id]
+        rows.append(
+            ExtendRow(
+                lease=cache.lease(part.request_id),
+                token_ids=request.prompt_ids[part.start : part.start + part.length],
+                sample=sample_spec(request, 0) if part.is_last else None,
+            )
+        )
+    return ExtendBatch(tuple(rows))
+
+
+def decode_batch(
+    step: DecodeStep, specs: Mapping[str, GenerationRequest], cache: StateCache
+) -> DecodeBatch:
+    """One row per active sequence."""
+    return DecodeBatch(
+        tuple(
+            DecodeInput(
+                lease=cache.lease(row.request_id),
+                token_id=row.token_id,
+                sample=sample_spec(specs[row.request_id], row.index),
+            )
+            for row in step.rows
+        )
+    )
+
+
+def sample_spec(request: GenerationRequest, index: int) -> SampleSpec:
+    """How output token ``index`` is chosen; stop ids are out of reach before ``min_tokens``."""
+    too_early = index + 1 < request.stop.min_tokens
+    return SampleSpec(
+        params=request.sampling,
+        index=index,
+        banned_ids=request.stop.stop_token_ids if too_early else frozenset(),
+    )

@@ -1,0 +1,67 @@
+"""Keeps a worker known to its routers, for as long as it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from stateferry.api import worker_codec as codec
+from stateferry.api.server import open_channel
+from stateferry.core.worker import WorkerDescription, WorkerLoad
+from stateferry.v1 import membership_pb2, membership_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 0.1
+_LONGEST_RETRY_S = 2.0
+_DEFAULT_INTERVAL_S = 0.5
+
+
+class RouterLink:
+    """One worker's membership at one router: joins, reports, and joins again after a loss."""
+
+    def __init__(
+        self,
+        router_address: str,
+        description: WorkerDescription,
+        load: Callable[[], WorkerLoad],
+    ) -> None:
+        self._router_address = router_address
+        self._description = description
+        self._load = load
+        self._interval_s = _DEFAULT_INTERVAL_S
+
+    async def run(self) -> None:
+        """Stay joined for ever; end it by cancelling, which leaves at once."""
+        retry_s = _FIRST_RETRY_S
+        async with open_channel(self._router_address) as channel:
+            stub = membership_pb2_grpc.MembershipStub(channel)
+            while True:
+                joined = False
+                try:
+                    async for reply in stub.Join(self._reports()):
+                        if not joined:
+                            log.info("joined router %s", self._router_address)
+                        joined, retry_s = True, _FIRST_RETRY_S
+                        self._interval_s = reply.heartbeat_interval_s or _DEFAULT_INTERVAL_S
+                except grpc.aio.AioRpcError as error:
+                    if joined or retry_s == _FIRST_RETRY_S:
+                        log.warning(
+                            "router %s is not reachable: %s: %s",
+                            self._router_address,
+                            error.code().name,
+                            error.details(),
+                        )
+                # Jitter, so that a restarted router is not met by all workers in one instant.
+                await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
+                retry_s = min(_LONGEST_RETRY_S, retry_s * 2)
+
+    async def _reports(self) -> AsyncIterator[membership_pb2.WorkerReport]:
+        yield membership_pb2.WorkerReport(description=codec.description_to_pb(self._description))
+        while True:
+            yield membership_pb2.WorkerReport(load=codec.load_to_pb(self._load()))
+            await asyncio.sleep(self._interval_s)

@@ -1,0 +1,54 @@
+"""Life of a worker process, the same for both roles: serve, join, run, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from stateferry.api.server import RunningServer
+from stateferry.core.worker import WorkerDescription, WorkerLoad
+from stateferry.worker.join import RouterLink
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 5.0
+
+
+async def serve_until_stopped(
+    server: RunningServer,
+    loop: Coroutine[Any, Any, None],
+    routers: Sequence[str],
+    description: WorkerDescription,
+    load: Callable[[], WorkerLoad],
+    stop: asyncio.Event,
+) -> None:
+    """Run the step loop and stay joined to all routers until ``stop`` is set.
+
+    Leaves the routers first, so that nothing new arrives, then lets calls in flight finish. A step
+    loop that dies is a bug: it ends the process rather than leave a worker that hangs its callers.
+    """
+    links = [asyncio.create_task(RouterLink(a, description, load).run()) for a in routers]
+    stepping = asyncio.create_task(loop)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({stepping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(links)
+        await server.stop(GRACE_S if not stepping.done() else 0.0)
+    finally:
+        await _cancel([*links, stopping])
+        died = stepping.done() and not stepping.cancelled() and stepping.exception()
+        await _cancel([stepping])
+    if died:
+        log.critical("the step loop died: %r", died)
+        raise died
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task

@@ -1,0 +1,167 @@
+"""The prefill scheduler against a memory that counts: order, cuts, aborts in every phase."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
+from stateferry.scheduler.prefill import ExtendSlice, PrefillScheduler
+
+
+class CountingMemory:
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.held: set[str] = set()
+
+    def reserve(self, request_id: str) -> bool:
+        assert request_id not in self.held
+        if len(self.held) == self.capacity:
+            return False
+        self.held.add(request_id)
+        return True
+
+    def release(self, request_id: str) -> None:
+        self.held.remove(request_id)
+
+
+def scheduler(
+    capacity: int = 4, budget: int = 128, max_waiting: int = 100
+) -> tuple[PrefillScheduler, CountingMemory]:
+    memory = CountingMemory(capacity)
+    return (
+        PrefillScheduler(memory, grid=64, budget_tokens=budget, max_waiting=max_waiting),
+        memory,
+    )
+
+
+def test_packs_whole_prompts_in_order_of_arrival() -> None:
+    prefill, _ = scheduler()
+    for name, length in (("a", 10), ("b", 20), ("c", 99)):
+        prefill.submit(name, length)
+    step = prefill.schedule()
+    assert step is not None
+    assert step.slices == (
+        ExtendSlice("a", 0, 10, True),
+        ExtendSlice("b", 0, 20, True),
+        ExtendSlice("c", 0, 64, False),
+    )
+    assert prefill.complete(step) == ("a", "b")
+
+
+def test_cuts_lie_on_the_grid() -> None:
+    prefill, _ = scheduler(budget=150)
+    prefill.submit("a", 1000)
+    starts = []
+    while (step := prefill.schedule()) is not None:
+        (part,) = step.slices
+        starts.append(part.start)
+        if part.is_last:
+            assert part.start + part.length == 1000
+        prefill.complete(step)
+    assert starts == [0, 128, 256, 384, 512, 640, 768, 896]
+
+
+def test_a_prompt_that_cannot_reach_a_grid_point_waits_for_the_next_step() -> None:
+    prefill, _ = scheduler(budget=128)
+    prefill.submit("a", 100)
+    prefill.submit("b", 100)
+    step = prefill.schedule()
+    assert step is not None and [s.request_id for s in step.slices] == ["a"]
+
+
+def test_waits_for_memory_and_goes_on_when_it_returns() -> None:
+    prefill, memory = scheduler(capacity=1)
+    prefill.submit("a", 5)
+    prefill.submit("b", 5)
+    step = prefill.schedule()
+    assert step is not None
+    prefill.complete(step)
+    assert prefill.schedule() is None
+    prefill.release("a")
+    step = prefill.schedule()
+    assert step is not None and step.slices[0].request_id == "b"
+    assert memory.held == {"b"}
+
+
+def test_the_queue_is_bounded() -> None:
+    prefill, _ = scheduler(max_waiting=2)
+    prefill.submit("a", 5)
+    prefill.submit("b", 5)
+    with pytest.raises(Overloaded):
+        prefill.submit("c", 5)
+
+
+def test_a_budget_below_the_grid_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="extend_budget_tokens"):
+        scheduler(budget=63)
+
+
+def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
+    prefill, memory = scheduler()
+    prefill.submit("a", 5)
+    prefill.submit("b", 5)
+    step = prefill.schedule()
+    assert step is not None
+    prefill.abort("a")
+    assert memory.held == {"a", "b"}, "the step may still write there"
+    assert prefill.complete(step) == ("b",)
+    assert memory.held == {"b"}
+
+
+def test_a_failed_step_returns_all_it_touched() -> None:
+    prefill, memory = scheduler()
+    prefill.submit("a", 5)
+    prefill.submit("b", 500)
+    step = prefill.schedule()
+    assert step is not None
+    prefill.abort("a")
+    prefill.fail(step)
+    assert not memory.held and not prefill.knows("a") and not prefill.knows("b")
+
+
+def test_one_step_at_a_time() -> None:
+    prefill, _ = scheduler()
+    prefill.submit("a", 5)
+    assert prefill.schedule() is not None
+    with pytest.raises(InvariantViolation):
+        prefill.schedule()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_walk_computes_every_token_once_and_leaks_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    prefill, memory = scheduler(capacity=3, budget=192)
+    lengths: dict[str, int] = {}
+    computed: dict[str, int] = {}
+    aborted: set[str] = set()
+    done: set[str] = set()
+    for number in range(300):
+        if rng.random() < 0.4:
+            name = f"r{number}"
+            lengths[name] = rng.choice([1, 63, 64, 65, 200, 1000])
+            prefill.submit(name, lengths[name])
+        step = prefill.schedule()
+        if rng.random() < 0.2 and lengths:
+            victim = rng.choice(sorted(lengths))
+            if victim not in done:
+                prefill.abort(victim)
+                aborted.add(victim)
+        if step is None:
+            continue
+        if rng.random() < 0.05:
+            prefill.fail(step)
+            aborted |= {part.request_id for part in step.slices}
+            continue
+        for part in step.slices:
+            assert part.start == computed.get(part.request_id, 0)
+            computed[part.request_id] = part.start + part.length
+        for name in prefill.complete(step):
+            assert name not in aborted and computed[name] == lengths[name]
+            done.add(name)
+            prefill.release(name)
+        assert len(memory.held) == prefill.num_active
+    for name in lengths:
+        prefill.abort(name)
+    assert not memory.held and prefill.queued_tokens == 0
+    assert done and aborted
