@@ -1,8 +1,9 @@
 """Activations whose bits depend on the element alone.
 
-torch's own silu, sigmoid and softplus evaluate the last few elements of a tensor with other code than the
-vectorised rest, and the two differ in the last bit (measured, torch 2.13 on x86-64), so a token's value would
-depend on how many neighbours it has. exp, log1p and the arithmetic operations do not have that fault.
+torch's own silu, sigmoid and softplus evaluate the last few elements of a tensor with other code
+than the vectorised rest, and the two differ in the last bit (measured, torch 2.13 on x86-64), so a
+token's value would depend on how many neighbours it has. exp, log1p and the arithmetic operations
+do not have that fault.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def check_ssm_inputs(
     """Raises TypeError or ValueError unless all fit each other: x, out and z
     (num_rows, nheads, headdim), dt (num_rows, nheads), B and C (num_rows, ngroups, dstate)."""
     _, nheads, headdim, dstate = state.ssm_state.shape
-    _, grid, ngroups, _ = state.tail_B.shape
+    ngroups = state.tail_B.shape[2]
     dtypes = (state.tail_x.dtype,)
     check_tensor("x", x, (num_rows, nheads, headdim), dtypes)
     check_tensor("dt", dt, (num_rows, nheads), ACTIVATION_DTYPES)

@@ -6,11 +6,12 @@ A sequence that has consumed ``position`` tokens is, on each layer::
     state slot   ssm_state and conv_state, both as of exactly g tokens
     tail page    rows [0, position - g): the inputs of the tokens since g
 
-A decode step appends one row to the tail page and writes no state. When the tail is full, ``commit``
-folds it into a *fresh* slot: the old slot stays as a finished snapshot. Nothing else ever changes, so
-a state slot is immutable from the moment it was written.
+A decode step appends one row to the tail page and writes no state. When the tail is full,
+``commit`` folds it into a *fresh* slot: the old slot stays as a finished snapshot. Nothing else
+ever changes, so a state slot is immutable from the moment it was written.
 
-Slot ``ZERO_SLOT`` holds the state of every sequence at position 0: all zeros, shared, never written.
+Slot ``ZERO_SLOT`` holds the state of every sequence at position 0: all zeros, shared, never
+written.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class StateGeometry:
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """One layer's views. The first stride of each is arbitrary; all other dimensions are contiguous.
+    """One layer's views. The first stride of each is arbitrary; all other dimensions are
+    contiguous.
 
     Slots and pages are recycled without clearing: no operation may let a byte that was not written
     for this sequence reach a result (tests poison them with NaN).

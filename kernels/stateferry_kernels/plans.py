@@ -1,7 +1,7 @@
 """Where a batch's rows come from and go to. Built once per step, used by every layer.
 
-Plans hold plain Python integers (host side) and are cheap to build; a backend derives whatever index
-tensors it wants and may keep them in ``cache`` of the plan for the other layers of the step.
+Plans hold plain Python integers (host side) and are cheap to build; a backend derives whatever
+index tensors it wants and may keep them in ``cache`` of the plan for the other layers of the step.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ class BoundaryWrite:
 
 @dataclass(frozen=True, slots=True)
 class ExtendSequence:
-    """One sequence's share of an extend: consume ``length`` tokens from absolute position ``start``.
+    """One sequence's share of an extend: consume ``length`` tokens from absolute position
+    ``start``.
 
     Reads ``state_slot`` (the state at the last grid point at or before ``start``) and rows
     ``[0, start % grid)`` of ``tail_page``. Afterwards the page holds the rows since the last grid
     point at or before ``start + length``. ``boundaries`` lists any grid points in
-    ``(start, start + length]`` in ascending order; the last one passed must be among them, since the
-    sequence continues from it.
+    ``(start, start + length]`` in ascending order; the last one passed must be among them, since
+    the sequence continues from it.
     """
 
     start: int

@@ -1,8 +1,9 @@
 """Every setting, parsed once: the only module that reads the environment or a configuration file.
 
-A setting is ``section.key``. Later sources win: default, then the TOML file (``[section] key = ..``),
-then the environment (``STATEFERRY_SECTION_KEY``), then the command line. A component gets its own
-frozen section by constructor and never looks anywhere else. docs/CONFIG.md is generated from here.
+A setting is ``section.key``. Later sources win: default, then the TOML file (``[section] key =
+..``), then the environment (``STATEFERRY_SECTION_KEY``), then the command line. A component gets
+its own frozen section by constructor and never looks anywhere else. docs/CONFIG.md is generated
+from here.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Nothing here decides anything; every object gets its collaborators by constructo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -16,31 +15,40 @@ from pathlib import Path
 
 import uvloop
 
+import stateferry
 from stateferry.bundled import bundled_model_dir
 from stateferry.config import Config, ModelSection
 from stateferry.core.errors import ConfigError
 from stateferry.core.ids import Role
+from stateferry.telemetry.exporter import start_exporter
+from stateferry.telemetry.logs import configure_logging
+from stateferry.telemetry.metrics import WorkerMetrics, new_registry, set_build_info
 
 log = logging.getLogger(__name__)
 
-Ready = Callable[[dict[str, str]], None]
-ProcessMain = Callable[[Config, Path, Ready, asyncio.Event], Awaitable[None]]
+ROLES = ("router", *(role.value for role in Role))
+
+Announce = Callable[[dict[str, str]], None]
+ProcessMain = Callable[[Announce, asyncio.Event], Awaitable[None]]
 
 
 def run_process(role: str, config: Config, ready_file: Path | None) -> None:
     """Run one router or worker until SIGINT or SIGTERM.
 
-    ``ready_file`` gets a JSON object of addresses once the process serves. Raises ConfigError.
+    ``ready_file`` gets a JSON object of addresses once the process serves. Raises ConfigError,
+    ModelError.
     """
-    main = _main_of(role)
-    model_dir = model_directory(config.model)
+    configure_logging(config.log.level, config.worker.id or role)
+    if role not in ROLES:
+        raise ConfigError("role", f"{role!r} is none of {', '.join(ROLES)}")
+    main = _router(config) if role == "router" else _worker(Role(role), config)
 
-    def ready(addresses: dict[str, str]) -> None:
-        log.info("ready: %s", " ".join(f"{k}={v}" for k, v in addresses.items()))
+    def announce(addresses: dict[str, str]) -> None:
+        log.info("ready: %s", " ".join(f"{k}={v}" for k, v in addresses.items() if v))
         if ready_file is not None:
             _write_atomically(ready_file, {"pid": str(os.getpid()), "role": role, **addresses})
 
-    uvloop.run(_until_signalled(main, config, model_dir, ready))
+    uvloop.run(_until_signalled(main, announce))
 
 
 def model_directory(section: ModelSection) -> Path:
@@ -59,37 +67,83 @@ def router_addresses(config: Config) -> Sequence[str]:
     return addresses
 
 
-def _main_of(role: str) -> ProcessMain:
-    # Imported late: a router process must never load torch.
-    if role == "router":
-        from stateferry.router.main import run_router
+def _router(config: Config) -> ProcessMain:
+    # Imported late, like the worker's parts below: a router process never loads torch.
+    from stateferry.router.main import run_router
 
-        async def router_main(
-            config: Config, model_dir: Path, ready: Ready, stop: asyncio.Event
-        ) -> None:
-            await run_router(config, model_dir, ready, stop)
+    model_dir = model_directory(config.model)
 
-        return router_main
-    if role == Role.PREFILL.value:
-        from stateferry.prefill.main import run_prefill
+    async def main(announce: Announce, stop: asyncio.Event) -> None:
+        await run_router(config, model_dir, announce, stop)
 
-        return run_prefill
-    if role == Role.DECODE.value:
-        from stateferry.decode.main import run_decode
-
-        return run_decode
-    raise ConfigError("role", f"{role!r} is not router, prefill or decode")
+    return main
 
 
-async def _until_signalled(
-    main: ProcessMain, config: Config, model_dir: Path, ready: Ready
-) -> None:
+def _worker(role: Role, config: Config) -> ProcessMain:
+    from stateferry.worker.host import WorkerHost
+    from stateferry.worker.parts import build_engine
+
+    routers = router_addresses(config)
+    model_dir = model_directory(config.model)
+
+    async def main(announce: Announce, stop: asyncio.Event) -> None:
+        parts = await asyncio.to_thread(
+            build_engine, model_dir, config.model, config.worker, _log_progress(model_dir)
+        )
+        registry = new_registry()
+        set_build_info(
+            registry,
+            role=role.value,
+            version=stateferry.__version__,
+            kernels=parts.kernels,
+            transport=config.transfer.transport,
+        )
+        exporter = start_exporter(registry, config.worker.host, config.worker.metrics_port)
+        host = WorkerHost(
+            worker_id=config.worker.id or f"{role.value}-0",
+            parts=parts,
+            metrics=WorkerMetrics(registry),
+            metrics_address=exporter.address,
+            routers=routers,
+            max_requests=config.worker.max_requests,
+        )
+        try:
+            if role is Role.PREFILL:
+                from stateferry.prefill.main import run_prefill
+
+                await run_prefill(config, host, announce, stop)
+            else:
+                from stateferry.decode.main import run_decode
+
+                await run_decode(config, host, announce, stop)
+        finally:
+            host.executor.shutdown()
+            exporter.close()
+
+    return main
+
+
+def _log_progress(model_dir: Path) -> Callable[[int, int], None]:
+    """Logs the share of weights loaded, every tenth."""
+    reported = -1
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal reported
+        tenth = done_bytes * 10 // max(1, total_bytes)
+        if tenth > reported:
+            reported = tenth
+            size = total_bytes / 1e6
+            log.info("loading %s: %d %% of %.1f MB", model_dir.name, tenth * 10, size)
+
+    return progress
+
+
+async def _until_signalled(main: ProcessMain, announce: Announce) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, stop.set)
-    await main(config, model_dir, ready, stop)
+        loop.add_signal_handler(number, stop.set)
+    await main(announce, stop)
 
 
 def _write_atomically(file: Path, content: dict[str, str]) -> None:

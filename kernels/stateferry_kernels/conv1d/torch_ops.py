@@ -1,6 +1,6 @@
 """Causal convolution over raw columns in torch operations, for extends and for decode rows.
 
-    out_t = silu(bias + sum over k of weight_k * column_{t - (d_conv - 1) + k})
+out_t = silu(bias + sum over k of weight_k * column_{t - (d_conv - 1) + k})
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def _window_before(sequence: ExtendSequence, grid: int, state: LayerState) -> to
     return torch.cat([old[len(tail) :], tail])
 
 
-def _leave_tail(
-    sequence: ExtendSequence, grid: int, rows: torch.Tensor, state: LayerState
-) -> None:
+def _leave_tail(sequence: ExtendSequence, grid: int, rows: torch.Tensor, state: LayerState) -> None:
     begin = max(sequence.start, sequence.end // grid * grid)
     if begin < sequence.end:
         first, last = begin % grid, (sequence.end - 1) % grid

@@ -5,9 +5,10 @@ For an interval that starts with state S, c being the running sum of dt * A from
     y_t = C_t . (exp(c_t) S) + sum over s <= t of (C_t . B_s) exp(c_t - c_s) dt_s x_s + D x_t
     S'  = exp(c_L) S + sum over s of exp(c_L - c_s) dt_s x_s B_s
 
-A token's bits must not depend on which of the three asks. So the interval is always padded to the full
-grid (with dt = 0 and x = 0, which adds exact zeros), every operand has the same layout, and a matrix
-product never has fewer than MIN_ROWS rows: below that, the CPU's library picks another order of summation.
+A token's bits must not depend on which of the three asks. So the interval is always padded to the
+full grid (with dt = 0 and x = 0, which adds exact zeros), every operand has the same layout, and a
+matrix product never has fewer than MIN_ROWS rows: below that, the CPU's library picks another order
+of summation.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ class Intervals:
     cumsum: torch.Tensor  # (n, nheads, grid): running sum of dt * A
 
     @classmethod
-    def of(
-        cls, x: torch.Tensor, B: torch.Tensor, dt: torch.Tensor, A: torch.Tensor
-    ) -> Intervals:
+    def of(cls, x: torch.Tensor, B: torch.Tensor, dt: torch.Tensor, A: torch.Tensor) -> Intervals:
         """From token-first tensors: x (n, grid, nheads, headdim), B (n, grid, ngroups, dstate), dt
         (n, grid, nheads)."""
         dt = dt.transpose(1, 2).contiguous()
@@ -123,8 +122,6 @@ def fold_inputs(intervals: Intervals) -> tuple[torch.Tensor, torch.Tensor]:
     return added, torch.exp(last)
 
 
-def next_states(
-    states: torch.Tensor, added: torch.Tensor, decay: torch.Tensor
-) -> torch.Tensor:
+def next_states(states: torch.Tensor, added: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     """S' of each interval: states and added (.., nheads, headdim, dstate), decay (.., nheads)."""
     return states * decay[..., None, None] + added

@@ -67,7 +67,8 @@ def _scan(
     table: ChunkTable,
     state: LayerState,
 ) -> torch.Tensor:
-    """Outputs of all rows of all chunks, (nchunks, grid, nheads, headdim) fp32; writes boundaries."""
+    """Outputs of all rows of all chunks, (nchunks, grid, nheads, headdim) fp32; writes
+    boundaries."""
     num_chunks, grid = len(table.chunks), plan.grid
     x_all = _placed(x, table, num_chunks, grid, state.tail_x)
     B_all = _placed(B, table, num_chunks, grid, state.tail_B)
@@ -126,7 +127,8 @@ def _placed(
     grid: int,
     tail: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Rows at their place in their chunk, (nchunks, grid, ..), zero elsewhere; old tail rows too."""
+    """Rows at their place in their chunk, (nchunks, grid, ..), zero elsewhere; old tail rows
+    too."""
     placed = rows.new_zeros((num_chunks * grid, *rows.shape[1:]))
     placed[table.token_place] = rows
     if tail is not None:

@@ -66,7 +66,8 @@ def decode_row(
 
     Args:     x, z (num_seqs, nheads, headdim), B, C (num_seqs, ngroups, dstate) activation dtype,
               after the convolution; dt (num_seqs, nheads) raw. A PAD_SLOT row is skipped.
-    Mutates:  out like x (padding rows are left alone); row ``tail_rows`` of tail_x, tail_B, tail_dt.
+    Mutates:  out like x (padding rows are left alone); row ``tail_rows`` of tail_x, tail_B,
+    tail_dt.
     Raises:   TypeError, ValueError on a mismatch (guards.py).
     Precision: fp32; the same bits as the chunk scan gives for the same token.
     """

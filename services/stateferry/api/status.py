@@ -41,7 +41,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     code = code_of(error)
     known = isinstance(error, errors.StateferryError)
     text = str(error) if known else f"internal error: {type(error).__name__}"
-    trailing = ()
+    trailing: tuple[tuple[str, str], ...] = ()
     if isinstance(error, errors.Overloaded):
         trailing = (("retry-after-ms", str(int(error.retry_after_s * 1000))),)
     await context.abort(code, text, trailing)

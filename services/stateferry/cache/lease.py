@@ -11,9 +11,9 @@ from stateferry_kernels.layer_state import ZERO_SLOT
 class SequenceLease:
     """Two state slots and one tail page, held from admission to the end.
 
-    ``position`` tokens have been consumed. ``state_slot`` holds the state at the last grid point and
-    is never written again; ``next_slot`` is the fresh place of the next one. Passing a grid point
-    swaps them::
+    ``position`` tokens have been consumed. ``state_slot`` holds the state at the last grid point
+    and is never written again; ``next_slot`` is the fresh place of the next one. Passing a grid
+    point swaps them::
 
         [0, grid_point)          folded into state_slot
         [grid_point, position)   rows of tail_page

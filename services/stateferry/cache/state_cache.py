@@ -82,4 +82,3 @@ class StateCache:
         if slot is None:
             raise InvariantViolation(f"no {pool.name} left after it was counted")
         return slot
-

@@ -10,10 +10,10 @@ import hashlib
 from dataclasses import astuple, dataclass
 
 import torch
-from stateferry_kernels.layer_state import ZERO_SLOT, LayerState, StateGeometry
 
 from stateferry.cache.lease import SequenceLease
 from stateferry.core.errors import ConfigError
+from stateferry_kernels.layer_state import ZERO_SLOT, LayerState, StateGeometry
 
 _LAYOUT_VERSION = 1
 

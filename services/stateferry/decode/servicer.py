@@ -19,18 +19,17 @@ import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import streams_errors
-from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
-from stateferry.core.worker import WorkerDescription
 from stateferry.decode.intake import take_in
 from stateferry.decode.loop import DecodeLoop
 from stateferry.transfer.receiver import Expectation, HandoffReceiver
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_stop_ids
 from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.parts import EngineParts
 from stateferry.worker.waiting import run_to_end
 
 log = logging.getLogger(__name__)
@@ -47,17 +46,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self,
         desk: TicketDesk,
         loop: DecodeLoop,
-        cache: StateCache,
+        parts: EngineParts,
         receiver: HandoffReceiver,
-        description: WorkerDescription,
         observer: WorkerObserver,
         seal_timeout_s: float,
     ) -> None:
         self._desk = desk
         self._loop = loop
-        self._cache = cache
+        self._cache = parts.cache
+        self._limits = parts.limits
         self._receiver = receiver
-        self._description = description
         self._observer = observer
         self._seal_timeout_s = seal_timeout_s
 
@@ -96,11 +94,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             sampling=codec.sampling_from_pb(request.sampling),
             stop=codec.stop_from_pb(request.stop),
         )
-        check_stop_ids(wanted, self._description)
+        check_stop_ids(wanted, self._limits)
         if not 1 < wanted.stop.max_tokens <= ticket.max_tokens:
             raise InvalidRequest("stop.max_tokens", f"not between 2 and {ticket.max_tokens}")
-        if ticket.prompt_len + ticket.max_tokens > self._description.max_context_tokens:
-            limit = self._description.max_context_tokens
+        limit = self._limits.max_context_tokens
+        if ticket.prompt_len + ticket.max_tokens > limit:
             raise InvalidRequest("stop.max_tokens", f"exceeds {limit} tokens in all")
         return wanted
 
@@ -114,6 +112,6 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 )
             finally:
                 received.release()
-        if meta.first_token_id >= self._description.vocab_size:
-            raise InvalidRequest("first_token_id", f"not below {self._description.vocab_size}")
+        if meta.first_token_id >= self._limits.vocab_size:
+            raise InvalidRequest("first_token_id", f"not below {self._limits.vocab_size}")
         return meta

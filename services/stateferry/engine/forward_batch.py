@@ -1,9 +1,13 @@
-"""What one forward pass works on. An extend and a decode are different things, so are their batches."""
+"""What one forward pass works on. An extend and a decode are different things, so are their
+batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stateferry.cache.lease import SequenceLease
+from stateferry.core.errors import InvariantViolation
+from stateferry.core.sampling import SamplingParams
 from stateferry_kernels.layer_state import PAD_SLOT
 from stateferry_kernels.plans import (
     BoundaryWrite,
@@ -12,10 +16,6 @@ from stateferry_kernels.plans import (
     ExtendPlan,
     ExtendSequence,
 )
-
-from stateferry.cache.lease import SequenceLease
-from stateferry.core.errors import InvariantViolation
-from stateferry.core.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class ExtendBatch:
     rows: tuple[ExtendRow, ...]
 
     def plan(self, grid: int) -> ExtendPlan:
-        """Where each sequence reads and writes; the last grid point passed goes to ``next_slot``."""
+        """Where each sequence reads and writes; the last grid point passed goes to
+        ``next_slot``."""
         sequences = []
         for row in self.rows:
             lease, length = row.lease, len(row.token_ids)

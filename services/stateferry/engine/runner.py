@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from stateferry_kernels.layer_state import LayerState
-from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 from stateferry.cache.state_pool import StatePool
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
 from stateferry.engine.sampler import sample
+from stateferry_kernels.layer_state import LayerState
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 
 class Model(Protocol):

@@ -39,10 +39,7 @@ def _sample_row(logits: torch.Tensor, spec: SampleSpec) -> SampledToken:
         allowed = logits.clone()
         allowed[sorted(spec.banned_ids)] = -torch.inf
     params = spec.params
-    if params.temperature == 0.0:
-        token_id = int(allowed.argmax())
-    else:
-        token_id = _draw(allowed, spec)
+    token_id = _draw(allowed, spec) if params.temperature else int(allowed.argmax())
     if params.logprobs is None:
         return SampledToken(token_id)
     logprobs = torch.log_softmax(logits, dim=-1)

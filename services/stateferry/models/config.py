@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stateferry_kernels.layer_state import StateGeometry
-
 from stateferry.core.errors import ModelError
+from stateferry_kernels.layer_state import StateGeometry
 
 SUPPORTED_ARCHITECTURES = ("Mamba2ForCausalLM",)
 
@@ -94,7 +93,8 @@ def mamba2_config(raw: Mapping[str, Any]) -> Mamba2Config:
     nheads = _positive(raw, "num_heads", 128)
     if expand * d_model != nheads * headdim:
         raise ModelError(
-            f"num_heads {nheads} * head_dim {headdim} is not expand {expand} * hidden_size {d_model}"
+            f"num_heads {nheads} * head_dim {headdim} is not "
+            f"expand {expand} * hidden_size {d_model}"
         )
     ngroups = _positive(raw, "n_groups", 8)
     if nheads % ngroups:

@@ -1,9 +1,9 @@
 """Mamba-2: embedding, a stack of (norm, mixer, residual), norm, head.
 
-    mixer:  in_proj -> z | xBC | dt
-            xBC -> causal conv, SiLU -> x | B | C
-            (x, dt, B, C) -> state space model -> y
-            y, z -> gated norm -> out_proj
+mixer:  in_proj -> z | xBC | dt
+        xBC -> causal conv, SiLU -> x | B | C
+        (x, dt, B, C) -> state space model -> y
+        y, z -> gated norm -> out_proj
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from stateferry_kernels.dispatch import Kernels
-from stateferry_kernels.layer_state import ConvParams, LayerState, SsmLayerParams
-from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 from stateferry.models.config import Mamba2Config
 from stateferry.models.weights import Progress, TensorSpec, load_weights
+from stateferry_kernels.dispatch import Kernels
+from stateferry_kernels.layer_state import ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 _FP32 = torch.float32
 
@@ -71,8 +71,8 @@ class Mamba2Model:
     ) -> torch.Tensor:
         """Consume a packed batch: token_ids (total_tokens,) int64.
 
-        Returns logits (len(last_rows), vocab_size) fp32 of the rows asked for. Mutates ``states`` as
-        the plan says.
+        Returns logits (len(last_rows), vocab_size) fp32 of the rows asked for. Mutates ``states``
+        as the plan says.
         """
 
         def conv(xBC: torch.Tensor, layer: Mixer, state: LayerState, out: torch.Tensor) -> None:
@@ -89,9 +89,7 @@ class Mamba2Model:
             state: LayerState,
             out: torch.Tensor,
         ) -> None:
-            self._kernels.chunk_scan(
-                x, dt, B, C, params=layer.ssm, plan=plan, state=state, out=out
-            )
+            self._kernels.chunk_scan(x, dt, B, C, params=layer.ssm, plan=plan, state=state, out=out)
 
         hidden = self._backbone(token_ids, states, conv, ssm)
         return self._logits(hidden[list(last_rows)])
@@ -116,9 +114,7 @@ class Mamba2Model:
             state: LayerState,
             out: torch.Tensor,
         ) -> None:
-            self._kernels.decode_row(
-                x, dt, B, C, params=layer.ssm, plan=plan, state=state, out=out
-            )
+            self._kernels.decode_row(x, dt, B, C, params=layer.ssm, plan=plan, state=state, out=out)
 
         return self._logits(self._backbone(token_ids, states, conv, ssm))
 
@@ -141,19 +137,19 @@ class Mamba2Model:
         for layer, state in zip(self._layers, states, strict=True):
             normed = kernels.rms_norm(residual, layer.norm, config.norm_eps)
             zxbcdt = kernels.linear(normed, layer.in_proj, layer.in_bias)
-            z, xBC, dt = zxbcdt.split([d_inner, config.conv_dim, config.nheads], dim=-1)
+            z, xBC, dt = torch.split(zxbcdt, [d_inner, config.conv_dim, config.nheads], dim=-1)
             activated = torch.empty_like(xBC, memory_format=torch.contiguous_format)
             conv(xBC, layer, state, activated)
-            x, B, C = activated.split([d_inner, bc_dim, bc_dim], dim=-1)
+            x, B, C = torch.split(activated, [d_inner, bc_dim, bc_dim], dim=-1)
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
             ssm(
-                x.unflatten(1, (config.nheads, config.headdim)),
+                _heads(x, config.nheads),
                 dt,
-                B.unflatten(1, (config.ngroups, config.dstate)),
-                C.unflatten(1, (config.ngroups, config.dstate)),
+                _heads(B, config.ngroups),
+                _heads(C, config.ngroups),
                 layer,
                 state,
-                y.unflatten(1, (config.nheads, config.headdim)),
+                _heads(y, config.nheads),
             )
             group_size = d_inner // config.ngroups
             gated = self._gate(y, z, layer.gated_norm, config.norm_eps, group_size)
@@ -163,6 +159,11 @@ class Mamba2Model:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self._kernels.rms_norm(hidden, self._final_norm, self.config.norm_eps)
         return self._kernels.linear(normed, self._head, None).float()
+
+
+def _heads(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(num_rows, count * dim) seen as (num_rows, count, dim)."""
+    return rows.view(rows.shape[0], count, rows.shape[1] // count)
 
 
 def load_mamba2(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from stateferry_kernels.dispatch import Kernels
 
 from stateferry.models.config import architecture_of, mamba2_config, read_config
 from stateferry.models.mamba2 import Mamba2Model, load_mamba2
 from stateferry.models.weights import Progress
+from stateferry_kernels.dispatch import Kernels
 
 
 def load_model(

@@ -101,7 +101,7 @@ def weights_fingerprint(model_dir: Path) -> str:
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118  (the handle is not a mapping)
                 yield name, handle.get_tensor(name)
     except (SafetensorError, OSError) as error:

@@ -68,7 +68,7 @@ class PrefillLoop:
         Whatever the outcome, the caller must ``abort`` or ``release`` the request afterwards.
         """
         self._scheduler.submit(request.request_id, request.prompt_len)
-        done = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[ComputedPrompt] = asyncio.get_running_loop().create_future()
         self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
         self._wakeup.set()
         return await done

@@ -18,18 +18,17 @@ import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import streams_errors
-from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
-from stateferry.core.worker import WorkerDescription
 from stateferry.prefill.loop import ComputedPrompt, PrefillLoop
 from stateferry.transfer.manifest import segment_from_tensor
 from stateferry.transfer.sender import HandoffSender, PushReceipt
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_request
 from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.parts import EngineParts
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +44,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self,
         desk: TicketDesk,
         loop: PrefillLoop,
-        cache: StateCache,
+        parts: EngineParts,
         sender: HandoffSender,
-        description: WorkerDescription,
         observer: WorkerObserver,
     ) -> None:
         self._desk = desk
         self._loop = loop
-        self._cache = cache
+        self._cache = parts.cache
+        self._limits = parts.limits
         self._sender = sender
-        self._description = description
         self._observer = observer
 
     @streams_errors(_log_failure)
@@ -97,7 +95,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             raise InvalidRequest("stop.max_tokens", "more than the ticket allows")
         if wanted.stop.max_tokens > 1 and ticket.decode is None:
             raise InvalidRequest("ticket", "names no decode worker though tokens are to follow")
-        check_request(wanted, self._description)
+        check_request(wanted, self._limits)
         return wanted
 
     async def _hand_off(self, ticket: Ticket, first_token_id: int) -> PushReceipt:

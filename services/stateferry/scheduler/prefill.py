@@ -107,7 +107,8 @@ class PrefillScheduler:
         return tuple(finished)
 
     def fail(self, step: ExtendStep) -> None:
-        """The step did not run to its end: everything it touched is lost, and its memory returned."""
+        """The step did not run to its end: everything it touched is lost, and its memory
+        returned."""
         if step is not self._in_flight:
             raise InvariantViolation("failed a step that was not in flight")
         self._in_flight = None

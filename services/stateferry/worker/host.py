@@ -1,89 +1,89 @@
-"""The parts every worker is assembled from: model, pools, runner and the thread they run on."""
+"""One worker process around its engine: who it is, what it measures, how it describes itself."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-import torch
-from stateferry_kernels.dispatch import select_kernels
-
-from stateferry.cache import state_cache
-from stateferry.cache.state_cache import StateCache
-from stateferry.cache.state_pool import StatePool, layout_fingerprint
-from stateferry.config import ModelSection, WorkerSection
-from stateferry.core.errors import ConfigError
-from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
-from stateferry.engine.runner import ModelRunner
-from stateferry.models.registry import load_model
-from stateferry.models.weights import weights_fingerprint
-
-log = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from stateferry.core.clock import Clock
+from stateferry.core.ids import Role, WorkerKey, new_incarnation
+from stateferry.core.worker import WorkerDescription, WorkerLoad
+from stateferry.telemetry.metrics import WorkerMetrics
+from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.parts import EngineParts
 
 
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """A loaded model with memory for ``max_requests`` sequences."""
+class Queue(Protocol):
+    """The part of a scheduler that says how busy it is."""
 
-    runner: ModelRunner
-    cache: StateCache
-    grid: int
-    fingerprint: Fingerprint
-    vocab_size: int
-    max_context_tokens: int
-    kernels: str
+    @property
+    def num_active(self) -> int: ...
 
+    @property
+    def num_waiting(self) -> int: ...
 
-def build_engine(
-    model_dir: Path,
-    model: ModelSection,
-    worker: WorkerSection,
-    progress: Callable[[int, int], None] | None = None,
-) -> EngineParts:
-    """Load the model and size its pools. ``progress`` gets (bytes loaded, bytes in all).
-
-    Sets torch's thread count. Raises ConfigError or ModelError.
-    """
-    if model.dtype not in _DTYPES:
-        raise ConfigError("model.dtype", f"{model.dtype!r} is none of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[model.dtype]
-    torch.set_num_threads(worker.threads)
-    kernels = select_kernels(None if worker.kernels == "auto" else worker.kernels)
-    loaded = load_model(model_dir, dtype=dtype, kernels=kernels, progress=progress)
-    grid = model.grid_tokens or loaded.config.chunk_size
-    pool = StatePool(
-        loaded.config.geometry,
-        grid=grid,
-        dtype=dtype,
-        num_slots=state_cache.num_slots(worker.max_requests),
-        num_pages=state_cache.num_pages(worker.max_requests),
-    )
-    log.info(
-        "state pools: %d sequences, %.1f MB", worker.max_requests, pool.size_bytes() / 1e6
-    )
-    return EngineParts(
-        runner=ModelRunner(loaded, pool),
-        cache=StateCache(pool, worker.max_requests),
-        grid=grid,
-        fingerprint=Fingerprint(
-            protocol=PROTOCOL_VERSION,
-            model=model.name or model_dir.name,
-            weights=weights_fingerprint(model_dir),
-            layout=layout_fingerprint(loaded.config.geometry, grid, dtype),
-            grid=grid,
-            dtype=model.dtype,
-        ),
-        vocab_size=loaded.config.vocab_size,
-        max_context_tokens=model.max_context_tokens,
-        kernels=kernels.name,
-    )
+    @property
+    def queued_tokens(self) -> int: ...
 
 
-def engine_thread() -> ThreadPoolExecutor:
-    """The one thread that runs forward passes, so that at most one is in flight."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+class WorkerHost:
+    """What both roles have around their engine. Owns the thread that runs forward passes."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        parts: EngineParts,
+        metrics: WorkerMetrics,
+        metrics_address: str,
+        routers: Sequence[str],
+        max_requests: int,
+    ) -> None:
+        self.key = WorkerKey(worker_id, new_incarnation())
+        self.parts = parts
+        self.routers = routers
+        # One thread, so that at most one forward pass is in flight.
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._metrics = metrics
+        self._metrics_address = metrics_address
+        self._max_requests = max_requests
+
+    def observer(self, clock: Clock) -> WorkerObserver:
+        return WorkerObserver(self._metrics, clock)
+
+    def describe(
+        self, role: Role, grpc_address: str, transfer_address: str | None
+    ) -> WorkerDescription:
+        """What routers are told when the worker joins."""
+        return WorkerDescription(
+            key=self.key,
+            role=role,
+            grpc_address=grpc_address,
+            transfer_address=transfer_address,
+            metrics_address=self._metrics_address,
+            fingerprint=self.parts.fingerprint,
+            capacity_requests=self._max_requests,
+            max_context_tokens=self.parts.limits.max_context_tokens,
+            vocab_size=self.parts.limits.vocab_size,
+            kernels=self.parts.kernels,
+        )
+
+    def load_reporter(self, queue: Queue) -> Callable[[], WorkerLoad]:
+        """A function that gives the worker's load now; it also refreshes the gauges."""
+        sequence = itertools.count(1)
+
+        def report() -> WorkerLoad:
+            cache = self.parts.cache
+            load = WorkerLoad(
+                sequence=next(sequence),
+                active_requests=queue.num_active,
+                queued_requests=queue.num_waiting,
+                queued_tokens=queue.queued_tokens,
+                state_slots=cache.state_slots,
+                tail_pages=cache.tail_pages,
+            )
+            self._metrics.set_load(load)
+            return load
+
+        return report

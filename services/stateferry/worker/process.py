@@ -10,6 +10,7 @@ from typing import Any
 
 from stateferry.api.server import RunningServer
 from stateferry.core.worker import WorkerDescription, WorkerLoad
+from stateferry.worker.host import WorkerHost
 from stateferry.worker.join import RouterLink
 
 log = logging.getLogger(__name__)
@@ -17,12 +18,17 @@ log = logging.getLogger(__name__)
 GRACE_S = 5.0
 
 
+# Gets the process's addresses by name.
+Announce = Callable[[dict[str, str]], None]
+
+
 async def serve_until_stopped(
     server: RunningServer,
     loop: Coroutine[Any, Any, None],
-    routers: Sequence[str],
+    host: WorkerHost,
     description: WorkerDescription,
     load: Callable[[], WorkerLoad],
+    announce: Announce,
     stop: asyncio.Event,
 ) -> None:
     """Run the step loop and stay joined to all routers until ``stop`` is set.
@@ -30,9 +36,10 @@ async def serve_until_stopped(
     Leaves the routers first, so that nothing new arrives, then lets calls in flight finish. A step
     loop that dies is a bug: it ends the process rather than leave a worker that hangs its callers.
     """
-    links = [asyncio.create_task(RouterLink(a, description, load).run()) for a in routers]
+    links = [asyncio.create_task(RouterLink(a, description, load).run()) for a in host.routers]
     stepping = asyncio.create_task(loop)
     stopping = asyncio.create_task(stop.wait())
+    announce(_addresses(description))
     try:
         await asyncio.wait({stepping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(links)
@@ -44,6 +51,15 @@ async def serve_until_stopped(
     if died:
         log.critical("the step loop died: %r", died)
         raise died
+
+
+def _addresses(worker: WorkerDescription) -> dict[str, str]:
+    return {
+        "worker_id": worker.key.worker_id,
+        "grpc": worker.grpc_address,
+        "metrics": worker.metrics_address,
+        "transfer": worker.transfer_address or "",
+    }
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -1,0 +1,53 @@
+"""Builds and runs one decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import grpc
+
+from stateferry.api.server import service_name, start_server
+from stateferry.config import Config
+from stateferry.core.clock import SystemClock
+from stateferry.core.ids import Role
+from stateferry.core.ticket import TicketDesk, TicketSigner
+from stateferry.decode.loop import DecodeLoop
+from stateferry.decode.servicer import DecodeServicer
+from stateferry.scheduler.decode import DecodeScheduler
+from stateferry.transfer.receiver import HandoffReceiver
+from stateferry.v1 import worker_pb2, worker_pb2_grpc
+from stateferry.worker.host import WorkerHost
+from stateferry.worker.links import build_transport, transfer_limits
+from stateferry.worker.process import Announce, serve_until_stopped
+
+
+async def run_decode(
+    config: Config, host: WorkerHost, announce: Announce, stop: asyncio.Event
+) -> None:
+    """Serve until ``stop`` is set. ``announce`` gets the addresses once requests are welcome."""
+    clock, parts = SystemClock(), host.parts
+    scheduler = DecodeScheduler(parts.cache, max_waiting=config.worker.max_queue)
+    observer = host.observer(clock)
+    loop = DecodeLoop(scheduler, parts.cache, parts.runner, host.executor, clock, observer.step)
+    transport = build_transport(config.transfer, config.worker.host, config.worker.transfer_port)
+    receiver = HandoffReceiver(
+        transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
+    )
+    desk = TicketDesk(TicketSigner(config.cluster.key.encode()), Role.DECODE, host.key, clock)
+    servicer = DecodeServicer(desk, loop, parts, receiver, observer, config.transfer.seal_timeout_s)
+
+    def register(server: grpc.aio.Server) -> Sequence[str]:
+        worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
+        return [service_name(worker_pb2, "Decode")]
+
+    try:
+        transfer_address = await receiver.start()
+        server = await start_server(config.worker.host, config.worker.port, register)
+        description = host.describe(Role.DECODE, server.address, transfer_address)
+        await serve_until_stopped(
+            server, loop.run(), host, description, host.load_reporter(scheduler), announce, stop
+        )
+    finally:
+        await receiver.close()
+        await transport.close()
