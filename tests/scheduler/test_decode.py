@@ -5,27 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from stateferry.core.errors import Overloaded
 from stateferry.core.sampling import FinishReason, StopConditions
 from stateferry.scheduler.decode import DecodeRow, DecodeScheduler
+from support.counting_memory import CountingMemory
 
 EOS = 2
-
-
-class CountingMemory:
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held: set[str] = set()
-
-    def reserve(self, request_id: str) -> bool:
-        assert request_id not in self.held
-        if len(self.held) == self.capacity:
-            return False
-        self.held.add(request_id)
-        return True
-
-    def release(self, request_id: str) -> None:
-        self.held.remove(request_id)
 
 
 def scheduler(capacity: int = 4, max_waiting: int = 9) -> tuple[DecodeScheduler, CountingMemory]:

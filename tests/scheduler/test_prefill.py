@@ -5,24 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
 from stateferry.scheduler.prefill import ExtendSlice, PrefillScheduler
-
-
-class CountingMemory:
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held: set[str] = set()
-
-    def reserve(self, request_id: str) -> bool:
-        assert request_id not in self.held
-        if len(self.held) == self.capacity:
-            return False
-        self.held.add(request_id)
-        return True
-
-    def release(self, request_id: str) -> None:
-        self.held.remove(request_id)
+from support.counting_memory import CountingMemory
 
 
 def scheduler(

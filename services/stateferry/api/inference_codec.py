@@ -69,7 +69,7 @@ class ClientStop:
 
 @dataclass(frozen=True, slots=True)
 class ClientRequest:
-    """A request that passed every check that needs no tokeniser. ``prompt`` is text or token ids."""
+    """Passed every check that needs no tokeniser. ``prompt`` is text or token ids."""
 
     request_id: str
     tenant: str
@@ -248,12 +248,13 @@ def _parse(payload: bytes) -> pb.GenerateRequest:
 
 def _check_known_fields(message: Message, prefix: str) -> None:
     """An unknown field is something the client wants and we would silently not do."""
-    for unknown in UnknownFieldSet(message):
-        known = message.DESCRIPTOR.fields_by_number.get(unknown.field_number)
+    unknown_fields = UnknownFieldSet(message)
+    if len(unknown_fields):
+        number = unknown_fields[0].field_number
+        known = message.DESCRIPTOR.fields_by_number.get(number)
         if known is not None:
             raise InvalidRequest(prefix + known.name, "has a value of another type")
-        parent = prefix.rstrip(".") or WHOLE_MESSAGE
-        raise InvalidRequest(parent, f"unknown field number {unknown.field_number}")
+        raise InvalidRequest(prefix.rstrip(".") or WHOLE_MESSAGE, f"unknown field number {number}")
     for field, value in message.ListFields():
         if field.message_type is not None and not field.is_repeated:
             _check_known_fields(value, f"{prefix}{field.name}.")

@@ -1,4 +1,4 @@
-"""Finds what is wrong in bytes that protobuf's parser refused, so that an answer can name the field.
+"""Finds what is wrong in bytes that protobuf refused, so that an answer can name the field.
 
 The parser only says "bad UTF-8" or "corrupt". Walking the wire format beside the message's
 descriptor finds the place. Runs on refused or oversized input only; every loop is bounded.
@@ -7,9 +7,9 @@ descriptor finds the place. Runs on refused or oversized input only; every loop 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 
 WHOLE_MESSAGE = "request"
 _MAX_FIELDS = 20_000
@@ -17,11 +17,13 @@ _MAX_DEPTH = 8
 _MAX_VARINT_BYTES = 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+# The type stubs know two classes of descriptor, of which one is the C implementation's.
+Descriptor = Any
 
 
 @dataclass(frozen=True, slots=True)
 class WireFault:
-    """``field`` is a proto path such as ``stop.strings[0]``; ``request`` when no field is to blame."""
+    """``field`` is a proto path (``stop.strings[0]``), or ``request`` when no field is to blame."""
 
     field: str
     problem: str
@@ -108,7 +110,7 @@ def _fault_in_value(
         return _walk(payload, field.start, field.end, known.message_type, path + ".", depth + 1)
     elif known.is_repeated and payload[field.start : field.end][-1:] > b"\x7f":
         # The only way for packed varints to be cut short: the last byte asks for another.
-        return WireFault(known.name if not path else path.split("[")[0], "is cut short")
+        return WireFault(path.partition("[")[0], "is cut short")
     return None
 
 

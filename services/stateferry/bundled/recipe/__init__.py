@@ -1,0 +1,1 @@
+"""Rebuilds the bundled language model from public packages."""

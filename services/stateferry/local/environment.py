@@ -1,0 +1,41 @@
+"""The environment of worker processes, which some libraries read once, when they are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from stateferry.config import ENV_PREFIX, Config, to_environment
+
+# Idle OpenMP threads sleep instead of spinning: two busy processes on two cores otherwise take
+# milliseconds for every parallel region.
+_OPENMP = {"OMP_WAIT_POLICY": "passive"}
+
+# Memory of tensors is kept for the next one instead of being returned to the kernel, page by page,
+# after every step; few arenas, because few threads allocate.
+_MALLOC = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+
+
+def child_environment(config: Config, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a child gets: ``inherited`` (ours), ``config`` in place of its settings, and defaults.
+
+    A variable that the user has set keeps its value, unless it is a setting of ours: those are
+    already part of ``config``.
+    """
+    inherited = os.environ if inherited is None else inherited
+    kept = {k: v for k, v in inherited.items() if not k.startswith(f"{ENV_PREFIX}_")}
+    threads = {"OMP_NUM_THREADS": str(config.worker.threads)}
+    return {**_OPENMP, **_MALLOC, **threads, **kept, **to_environment(config)}
+
+
+def prepare_this_process() -> None:
+    """The same for a process that nobody supervises. Call it before torch is imported.
+
+    Malloc's settings are left out: the C library has read them long before.
+    """
+    for name, value in _OPENMP.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,1 @@
+"""The public door: checks, tokenises, places and streams requests. Never imports torch."""

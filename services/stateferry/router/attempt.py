@@ -1,0 +1,266 @@
+"""One attempt of one request on two named workers.
+
+::
+
+    decode  Generate(ticket) -> Reserved ............ Tokens 1, 2, ... -> finished
+    prefill                     Run(ticket) -> FirstToken -> HandedOff
+
+Whatever ends an attempt, both calls are cancelled before it returns, which frees both workers.
+Nothing is retried here; ``epoch`` names the attempt so that a later one can be told apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from stateferry.api import worker_codec as codec
+from stateferry.api.status import error_from_rpc
+from stateferry.core.errors import InvalidRequest, InvariantViolation, StateferryError, WorkerLost
+from stateferry.core.request import GenerationRequest
+from stateferry.core.sampling import FinishReason, SampledToken
+from stateferry.router.admission import Seats
+from stateferry.router.channels import WorkerChannels
+from stateferry.router.client_stream import ClientStream
+from stateferry.router.loss import LossBoard
+from stateferry.v1 import worker_pb2, worker_pb2_grpc
+
+T = TypeVar("T")
+
+# After the last token, how long the hand-off's figures and the calls' own ends may take.
+_SETTLE_S = 0.25
+
+
+@dataclass(slots=True)
+class WorkerFigures:
+    """What the workers reported about one attempt; seconds, bytes and tokens."""
+
+    prefill_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    prefix_tokens: int = 0
+    resumed_tokens: int = 0
+    handoff_s: float = 0.0
+    handoff_bytes: int = 0
+    transport: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptOrder:
+    """What one attempt runs: the request, its permission, and the workers it was given."""
+
+    request: GenerationRequest
+    vocab_size: int
+    epoch: int
+    ticket: bytes
+    seats: Seats
+
+
+class Attempt:
+    """Runs one order, feeding one client stream. Used once."""
+
+    def __init__(
+        self,
+        order: AttemptOrder,
+        stream: ClientStream,
+        channels: WorkerChannels,
+        losses: LossBoard,
+    ) -> None:
+        self._order = order
+        self._stream = stream
+        self._channels = channels
+        self._losses = losses
+        self._calls: list[Any] = []
+        self._first: asyncio.Future[worker_pb2.FirstToken] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._is_handed_off = False
+        self._is_over = False
+        self._calls_end_by_themselves = False
+        self.figures = WorkerFigures()
+
+    async def run(self) -> FinishReason:
+        """Stream the whole answer. Raises what ended it early; both calls are over by then."""
+        placement = self._order.seats.placement
+        workers = [w for w in (placement.prefill, placement.decode) if w is not None]
+        guards: list[asyncio.Task[None]] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._cancel_calls)
+            prefill, *decode = [stack.enter_context(self._channels.use(w)) for w in workers]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    lost = group.create_task(self._losses.watch([w.key for w in workers]))
+                    guards.append(lost)
+                    if decode:
+                        reason = await self._run_both(group, guards, prefill, decode[0])
+                    else:
+                        reason = await self._run_prefill_only(group, guards, prefill)
+                    self._is_over = True
+                    await self._settle([g for g in guards if g is not lost])
+                    for guard in guards:
+                        guard.cancel()
+            except BaseExceptionGroup as errors:
+                raise _root_cause(errors) from None
+            return reason
+
+    async def _run_both(
+        self,
+        group: asyncio.TaskGroup,
+        guards: list[asyncio.Task[None]],
+        prefill: grpc.aio.Channel,
+        decode: grpc.aio.Channel,
+    ) -> FinishReason:
+        order = self._order
+        stub = worker_pb2_grpc.DecodeStub(decode)
+        call = stub.Generate(codec.decode_request_to_pb(order.ticket, order.request))
+        self._calls.append(call)
+        await self._reserved(call)
+        guards.append(group.create_task(self._watch_decode(call)))
+        guards.append(group.create_task(self._read_prefill(prefill)))
+        reason = await self._forward_first()
+        return reason or await self._forward_rest(call)
+
+    async def _run_prefill_only(
+        self,
+        group: asyncio.TaskGroup,
+        guards: list[asyncio.Task[None]],
+        prefill: grpc.aio.Channel,
+    ) -> FinishReason:
+        guards.append(group.create_task(self._read_prefill(prefill)))
+        reason = await self._forward_first()
+        if reason is None:
+            raise InvariantViolation("a request for one token did not end with it")
+        self._calls_end_by_themselves = self._stream.matched_stop is None
+        return reason
+
+    async def _reserved(self, call: Any) -> None:
+        event = await self._from_worker(call.read(), self._decode_name)
+        if event is grpc.aio.EOF or event.WhichOneof("event") != "reserved":
+            raise WorkerLost(f"{self._decode_name} did not reserve room")
+
+    async def _read_prefill(self, channel: grpc.aio.Channel) -> None:
+        """Until the call's end: the first token, then the hand-off's figures."""
+        order = self._order
+        stub = worker_pb2_grpc.PrefillStub(channel)
+        call = stub.Run(codec.prefill_request_to_pb(order.ticket, order.request))
+        self._calls.append(call)
+        who = f"prefill worker {order.seats.placement.prefill.key}"
+        try:
+            while (event := await self._from_worker(call.read(), who)) is not grpc.aio.EOF:
+                self._take_prefill_event(event)
+            if not self._first.done() or not (self._is_over or self._needs_no_handoff):
+                raise WorkerLost(f"{who} ended before it had handed off")
+        except StateferryError:
+            # Tokens from decode prove that the state is there: prefill is not needed any more.
+            if not (self._is_over or self._is_handed_off):
+                raise
+        finally:
+            order.seats.prefill.release()
+
+    def _take_prefill_event(self, event: worker_pb2.PrefillEvent) -> None:
+        kind = event.WhichOneof("event")
+        if kind == "first_token" and not self._first.done():
+            self._first.set_result(event.first_token)
+        elif kind == "handed_off" and self._first.done():
+            self._is_handed_off = True
+            self.figures.handoff_s = event.handed_off.duration_s
+            self.figures.handoff_bytes = event.handed_off.size_bytes
+            self.figures.transport = event.handed_off.transport
+        else:
+            raise InvariantViolation(f"a prefill worker sent {kind} out of turn")
+
+    async def _forward_first(self) -> FinishReason | None:
+        first = await self._first
+        self.figures.prefill_queue_s = first.queue_s
+        self.figures.prefill_s = first.prefill_s
+        self.figures.prefix_tokens = first.prefix_tokens
+        self.figures.resumed_tokens = first.resumed_tokens
+        token = codec.token_from_pb(first.token)
+        reason = await self._forward(0, [token])
+        if reason is None and first.HasField("finish"):
+            reason = _finish_reason(first.finish)
+        # The worker applies the same rule; a client is never sent past its own limits.
+        return reason or self._order.request.stop.check(token.token_id, 1)
+
+    async def _forward_rest(self, call: Any) -> FinishReason:
+        while True:
+            event = await self._from_worker(call.read(), self._decode_name)
+            if event is grpc.aio.EOF:
+                raise WorkerLost(f"{self._decode_name} ended its stream without finishing")
+            kind = event.WhichOneof("event")
+            if kind == "tokens":
+                self._is_handed_off = True
+                tokens = [codec.token_from_pb(t) for t in event.tokens.tokens]
+                reason = await self._forward(event.tokens.index, tokens)
+                if reason is not None:
+                    return reason
+            elif kind == "finished":
+                self._calls_end_by_themselves = True
+                return _finish_reason(event.finished)
+            else:
+                raise InvariantViolation(f"a decode worker sent {kind} out of turn")
+
+    async def _forward(self, index: int, tokens: list[SampledToken]) -> FinishReason | None:
+        """STOP when a stop string ended the text."""
+        request = self._order.request
+        if not tokens or index + len(tokens) > request.stop.max_tokens:
+            raise InvariantViolation(f"{len(tokens)} tokens at {index} do not fit the request")
+        for token in tokens:
+            if token.token_id >= self._order.vocab_size:
+                raise InvariantViolation("a worker sent a token outside the vocabulary")
+            if request.sampling.logprobs is not None and token.logprob is None:
+                raise InvariantViolation("a worker sent a token without its log-probability")
+        await self._stream.push(index, tokens)
+        return FinishReason.STOP if self._stream.matched_stop is not None else None
+
+    async def _watch_decode(self, call: Any) -> None:
+        """Notices that the decode call failed while nobody reads from it."""
+        code = await call.code()
+        if code is not grpc.StatusCode.OK and not self._is_over:
+            nothing = grpc.aio.Metadata()
+            failure = grpc.aio.AioRpcError(code, nothing, nothing, await call.details())
+            raise error_from_rpc(failure, self._decode_name)
+
+    async def _from_worker(self, answer: Awaitable[T], who: str) -> T:
+        try:
+            return await answer
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, who) from error
+
+    async def _settle(self, guards: list[asyncio.Task[None]]) -> None:
+        """Wait for the ends that are about to come: a call that ended needs no cancelling."""
+        if self._calls_end_by_themselves:
+            await asyncio.wait(guards, timeout=_SETTLE_S)
+
+    def _cancel_calls(self) -> None:
+        for call in self._calls:
+            call.cancel()
+
+    @property
+    def _needs_no_handoff(self) -> bool:
+        if self._order.seats.decode is None:
+            return True
+        return self._is_handed_off or self._first.result().HasField("finish")
+
+    @property
+    def _decode_name(self) -> str:
+        decode = self._order.seats.placement.decode
+        assert decode is not None
+        return f"decode worker {decode.key}"
+
+
+def _finish_reason(message: worker_pb2.WorkerFinish) -> FinishReason:
+    try:
+        return codec.finish_from_pb(message)
+    except InvalidRequest as error:
+        raise InvariantViolation(f"a worker's {error}") from error
+
+
+def _root_cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a task group: what followed is mostly its consequence."""
+    first = errors.exceptions[0]
+    return _root_cause(first) if isinstance(first, BaseExceptionGroup) else first

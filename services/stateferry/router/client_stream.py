@@ -1,0 +1,86 @@
+"""One client's stream: indices, text and times. It outlives the attempts that feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from stateferry.api.inference_codec import Delta
+from stateferry.core.clock import Clock
+from stateferry.core.errors import InvariantViolation
+from stateferry.core.sampling import SampledToken
+from stateferry.router.observer import RouterObserver
+from stateferry.router.text import OutputText
+
+Emit = Callable[[Delta], Awaitable[None]]
+
+
+class ClientStream:
+    """Forwards tokens in order, each exactly once; stops at the first stop string.
+
+    ``emit`` waits until gRPC has taken the delta, so a slow client slows its own workers down and
+    nothing piles up here.
+    """
+
+    def __init__(
+        self, text: OutputText, emit: Emit, arrived_s: float, clock: Clock, observer: RouterObserver
+    ) -> None:
+        self._text = text
+        self._emit = emit
+        self._arrived_s = arrived_s
+        self._clock = clock
+        self._observer = observer
+        self._last_token_s = 0.0
+        self._first_token_s = 0.0
+        self.num_tokens = 0
+        self.matched_stop: str | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        return self._first_token_s - self._arrived_s
+
+    @property
+    def decode_s(self) -> float:
+        return self._last_token_s - self._first_token_s
+
+    @property
+    def total_s(self) -> float:
+        return self._clock.monotonic_s() - self._arrived_s
+
+    async def push(self, index: int, tokens: Sequence[SampledToken]) -> None:
+        """Forward tokens up to a stop string; ``matched_stop`` tells whether there was one.
+
+        Raises InvariantViolation when ``index`` is not the one that is due.
+        """
+        if index != self.num_tokens:
+            raise InvariantViolation(f"token {index} came where token {self.num_tokens} was due")
+        pieces = []
+        taken = 0
+        for token in tokens:
+            match = self._text.push(token.token_id)
+            pieces.append(match.text)
+            taken += 1
+            self.matched_stop = match.matched
+            if match.matched is not None:
+                break
+        self.num_tokens += taken
+        self._measure(taken)
+        await self._emit(Delta(index, "".join(pieces), tuple(tokens[:taken])))
+
+    async def finish(self) -> None:
+        """Send the text that was held back. It may still complete a stop string."""
+        if self.matched_stop is not None:
+            return
+        last = self._text.finish()
+        self.matched_stop = last.matched
+        if last.text:
+            await self._emit(Delta(self.num_tokens, last.text, ()))
+
+    def _measure(self, num_new: int) -> None:
+        now_s = self._clock.monotonic_s()
+        if self._first_token_s == 0.0:
+            self._first_token_s = now_s
+            self._observer.first_token(now_s - self._arrived_s)
+        else:
+            for _ in range(num_new):
+                self._observer.inter_token((now_s - self._last_token_s) / num_new)
+        self._last_token_s = now_s

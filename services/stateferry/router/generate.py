@@ -1,0 +1,155 @@
+"""The life of one request inside the router: wait for workers, sign a ticket, run an attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stateferry.api.inference_codec import Completion, Timings, Usage
+from stateferry.core.clock import Clock
+from stateferry.core.request import GenerationRequest
+from stateferry.core.sampling import FinishReason
+from stateferry.core.ticket import Ticket, TicketSigner
+from stateferry.router.admission import Admission, Seats
+from stateferry.router.attempt import Attempt, AttemptOrder, WorkerFigures
+from stateferry.router.channels import WorkerChannels
+from stateferry.router.client_stream import ClientStream, Emit
+from stateferry.router.loss import LossBoard
+from stateferry.router.observer import RouterObserver
+from stateferry.router.placement import Need
+from stateferry.router.text import OutputText, Tokenizer
+
+FIRST_EPOCH = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A validated request and what only the router cares about. Times are monotonic seconds."""
+
+    request: GenerationRequest
+    tenant: str
+    stop_strings: tuple[str, ...]
+    arrived_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How requests reach workers, and learn of their loss."""
+
+    admission: Admission
+    channels: WorkerChannels
+    losses: LossBoard
+
+
+@dataclass(frozen=True, slots=True)
+class TicketOffice:
+    """Mints tickets of one cluster."""
+
+    signer: TicketSigner
+    lifetime_s: float
+    clock: Clock
+
+    def mint(self, job: Job, epoch: int, seats: Seats) -> bytes:
+        """A signed, single-use permission for one attempt on exactly these workers."""
+        prefill, decode = seats.placement.prefill, seats.placement.decode
+        ticket = Ticket(
+            request_id=job.request.request_id,
+            epoch=epoch,
+            tenant=job.tenant,
+            prefill=prefill.key,
+            decode=None if decode is None else decode.key,
+            transfer_address=None if decode is None else decode.transfer_address,
+            prompt_len=job.request.prompt_len,
+            max_tokens=job.request.stop.max_tokens,
+            expires_at_s=self.clock.wall_s() + self.lifetime_s,
+        )
+        return self.signer.sign(ticket)
+
+
+class Generation:
+    """Runs requests; one instance serves all of them."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        office: TicketOffice,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        clock: Clock,
+        observer: RouterObserver,
+    ) -> None:
+        self._workers = workers
+        self._office = office
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._clock = clock
+        self._observer = observer
+
+    async def run(self, job: Job, emit: Emit) -> Completion:
+        """Stream one request through ``emit`` and say how it ended. Raises StateferryError."""
+        request = job.request
+        need = Need(
+            prompt_len=request.prompt_len,
+            total_tokens=request.prompt_len + request.stop.max_tokens,
+            needs_decode=request.stop.max_tokens > 1,
+        )
+        seats = await self._workers.admission.take_seats(need, job.deadline_s)
+        try:
+            queue_s = self._clock.monotonic_s() - job.arrived_s
+            self._observer.queued(queue_s)
+            text = OutputText(
+                self._tokenizer, request.prompt_ids, job.stop_strings, request.stop.min_tokens
+            )
+            stream = ClientStream(text, emit, job.arrived_s, self._clock, self._observer)
+            order = AttemptOrder(
+                request=request,
+                vocab_size=self._vocab_size,
+                epoch=FIRST_EPOCH,
+                ticket=self._office.mint(job, FIRST_EPOCH, seats),
+                seats=seats,
+            )
+            attempt = Attempt(order, stream, self._workers.channels, self._workers.losses)
+            reason = await attempt.run()
+            await stream.finish()
+            return self._completion(job, stream, reason, attempt.figures, seats, queue_s)
+        finally:
+            seats.release()
+
+    def _completion(
+        self,
+        job: Job,
+        stream: ClientStream,
+        reason: FinishReason,
+        figures: WorkerFigures,
+        seats: Seats,
+        queue_s: float,
+    ) -> Completion:
+        decode = seats.placement.decode
+        self._observer.tokens(job.request.prompt_len, stream.num_tokens)
+        if figures.transport:
+            self._observer.handoff(figures.transport, figures.handoff_bytes, figures.handoff_s)
+        return Completion(
+            request_id=job.request.request_id,
+            finish_reason=FinishReason.STOP if stream.matched_stop else reason,
+            matched_stop=stream.matched_stop or "",
+            seed=job.request.sampling.seed,
+            usage=Usage(
+                prompt_tokens=job.request.prompt_len,
+                completion_tokens=stream.num_tokens,
+                prefix_tokens=figures.prefix_tokens,
+                resumed_tokens=figures.resumed_tokens,
+            ),
+            timings=Timings(
+                queue_s=queue_s,
+                prefill_queue_s=figures.prefill_queue_s,
+                prefill_s=figures.prefill_s,
+                ttft_s=stream.ttft_s,
+                handoff_s=figures.handoff_s,
+                handoff_bytes=figures.handoff_bytes,
+                transport=figures.transport,
+                decode_s=stream.decode_s,
+                total_s=stream.total_s,
+            ),
+            prefill_worker=str(seats.placement.prefill.key),
+            decode_worker=str(decode.key) if decode is not None and stream.num_tokens > 1 else "",
+        )

@@ -1,0 +1,139 @@
+"""Builds and runs the router process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+import stateferry
+from stateferry.api.inference_codec import RequestLimits
+from stateferry.api.server import open_channel, service_name, start_server
+from stateferry.config import Config
+from stateferry.core.clock import Clock, SystemClock
+from stateferry.core.ticket import TicketSigner
+from stateferry.router.admission import Admission, AdmissionLimits
+from stateferry.router.channels import WorkerChannels
+from stateferry.router.generate import Generation, TicketOffice, Workers
+from stateferry.router.loss import LossBoard
+from stateferry.router.membership import WorkerRegistry
+from stateferry.router.membership_servicer import MembershipServicer
+from stateferry.router.model_info import ModelInfo, read_model_info
+from stateferry.router.observer import RouterObserver
+from stateferry.router.servicer import SERVICE_NAME, Door, InferenceServicer
+from stateferry.router.text import Tokenizer
+from stateferry.router.workers import WorkerWatch
+from stateferry.telemetry.exporter import start_exporter
+from stateferry.telemetry.metrics import RouterMetrics, new_registry, set_build_info
+from stateferry.v1 import membership_pb2, membership_pb2_grpc
+
+Ready = Callable[[dict[str, str]], None]
+
+# On a stop, how long streams in flight may go on.
+GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """The parts of one router, wired together."""
+
+    inference: InferenceServicer
+    membership: MembershipServicer
+    registry: WorkerRegistry
+    admission: Admission
+    channels: WorkerChannels
+    watch: WorkerWatch
+    tokenizer: Tokenizer
+
+    def register(self, server: grpc.aio.Server) -> list[str]:
+        """Add both services; returns their full names."""
+        self.inference.register(server)
+        membership_pb2_grpc.add_MembershipServicer_to_server(self.membership, server)
+        return [SERVICE_NAME, service_name(membership_pb2, "Membership")]
+
+
+def build_router(
+    config: Config,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    clock: Clock,
+    observer: RouterObserver,
+) -> Router:
+    """Wire a router for one model. Raises ConfigError naming a bad setting."""
+    section = config.router
+    registry = WorkerRegistry(clock, section.heartbeat_interval_s)
+    channels, losses = WorkerChannels(open_channel), LossBoard()
+    watch = WorkerWatch(registry, channels, losses, observer)
+    limits = AdmissionLimits(section.max_requests, section.max_queue_s)
+    admission = Admission(limits, registry, clock, observer)
+    office = TicketOffice(
+        TicketSigner(config.cluster.key.encode()), section.ticket_lifetime_s, clock
+    )
+    generation = Generation(
+        Workers(admission, channels, losses), office, tokenizer, model.vocab_size, clock, observer
+    )
+    door = Door(model, _request_limits(config, model), tokenizer, admission)
+    return Router(
+        inference=InferenceServicer(door, generation, registry, clock, observer),
+        membership=MembershipServicer(registry, model, section.heartbeat_interval_s),
+        registry=registry,
+        admission=admission,
+        channels=channels,
+        watch=watch,
+        tokenizer=tokenizer,
+    )
+
+
+async def run_router(config: Config, model_dir: Path, ready: Ready, stop: asyncio.Event) -> None:
+    """Serve until ``stop`` is set. ``ready`` gets the addresses once calls are accepted.
+
+    Raises ConfigError or ModelError before it serves anything.
+    """
+    model = read_model_info(model_dir, config.model)
+    tokenizer = Tokenizer.from_directory(model_dir)
+    metrics = new_registry()
+    set_build_info(metrics, role="router", version=stateferry.__version__, kernels="", transport="")
+    router = build_router(config, model, tokenizer, SystemClock(), RouterMetrics(metrics))
+    exporter = start_exporter(metrics, config.router.host, config.router.metrics_port)
+    try:
+        await _serve(config, router, exporter.address, ready, stop)
+    finally:
+        tokenizer.close()
+        exporter.close()
+
+
+async def _serve(
+    config: Config, router: Router, metrics_address: str, ready: Ready, stop: asyncio.Event
+) -> None:
+    server = await start_server(config.router.host, config.router.port, router.register)
+    sweeping = asyncio.create_task(router.watch.run(router.admission))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        ready({"grpc": server.address, "metrics": metrics_address})
+        # The sweeper ends only by a bug; without it lost workers would go unnoticed.
+        await asyncio.wait({sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if sweeping.done():
+            sweeping.result()
+    finally:
+        # Workers keep their streams open for ever; a stop that waits for them would take all grace.
+        router.membership.close()
+        await server.stop(GRACE_S)
+        for task in (sweeping, stopping):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+        await router.channels.close()
+
+
+def _request_limits(config: Config, model: ModelInfo) -> RequestLimits:
+    return RequestLimits(
+        model=model.name,
+        vocab_size=model.vocab_size,
+        max_context_tokens=model.max_context_tokens,
+        max_prompt_bytes=config.router.max_prompt_bytes,
+        eos_token_ids=model.eos_token_ids,
+    )

@@ -1,0 +1,96 @@
+"""Chooses the workers of one request: a pure function of what is known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from stateferry.core.fingerprint import Fingerprint
+from stateferry.core.worker import WorkerDescription
+from stateferry.router.membership import WorkerView
+
+# Compared in order: smaller is less loaded.
+Load = tuple[float, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request asks of its workers. ``total_tokens`` is prompt and max_tokens together;
+    a request for one token only needs no decode worker."""
+
+    prompt_len: int
+    total_tokens: int
+    needs_decode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``decode`` is None when nothing has to be handed off."""
+
+    prefill: WorkerDescription
+    decode: WorkerDescription | None
+
+
+def place(
+    prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], need: Need, turn: int
+) -> Placement | None:
+    """The least-loaded pair with equal fingerprints and room, or None while there is none.
+
+    ``turn`` grows with each placement: workers that are equally loaded take turns.
+    """
+    best_prefills = _best_by_fingerprint(prefills, need, turn, _prefill_load)
+    if not need.needs_decode:
+        alone = min(best_prefills.values(), key=_prefill_load, default=None)
+        return None if alone is None else Placement(alone.description, None)
+    best_decodes = _best_by_fingerprint(decodes, need, turn, _decode_load)
+    pairs = [(p, best_decodes[f]) for f, p in best_prefills.items() if f in best_decodes]
+    pair = min(pairs, key=lambda p: (_prefill_load(p[0]), _decode_load(p[1])), default=None)
+    return None if pair is None else Placement(pair[0].description, pair[1].description)
+
+
+def what_is_missing(
+    prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], need: Need
+) -> str | None:
+    """Why no wait will help with the workers there are, or None when one only has to be free."""
+    if not prefills:
+        return "there is no prefill worker"
+    if need.needs_decode and not decodes:
+        return "there is no decode worker"
+    prefills = [v for v in prefills if _fits(v, need)]
+    decodes = [v for v in decodes if _fits(v, need)]
+    if not prefills or (need.needs_decode and not decodes):
+        return f"no worker holds {need.total_tokens} tokens"
+    if need.needs_decode and _fingerprints(prefills).isdisjoint(_fingerprints(decodes)):
+        return "no prefill and decode workers have equal fingerprints"
+    return None
+
+
+def _best_by_fingerprint(
+    views: Sequence[WorkerView], need: Need, turn: int, load: Callable[[WorkerView], Load]
+) -> dict[Fingerprint, WorkerView]:
+    """The least-loaded worker with room of each group that may pair among themselves."""
+    best: dict[Fingerprint, WorkerView] = {}
+    start = turn % len(views) if views else 0
+    for view in (*views[start:], *views[:start]):
+        if not view.has_room or not _fits(view, need):
+            continue
+        rival = best.get(view.description.fingerprint)
+        if rival is None or load(view) < load(rival):
+            best[view.description.fingerprint] = view
+    return best
+
+
+def _prefill_load(view: WorkerView) -> Load:
+    return view.busy_tokens, view.busy_requests
+
+
+def _decode_load(view: WorkerView) -> Load:
+    return view.busy_requests / view.description.capacity_requests, view.busy_requests
+
+
+def _fits(view: WorkerView, need: Need) -> bool:
+    return need.total_tokens <= view.description.max_context_tokens
+
+
+def _fingerprints(views: Iterable[WorkerView]) -> set[Fingerprint]:
+    return {view.description.fingerprint for view in views}

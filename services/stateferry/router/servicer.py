@@ -1,0 +1,164 @@
+"""The public gRPC door.
+
+::
+
+    client --GenerateRequest--> InferenceServicer --parse, tokenise--> Admission --seats--+
+                                                                                          |
+    client <--Delta 0, 1, ..--- ClientStream <--+-- Attempt <--ticket, workers------------+
+    client <--Completion------- Generation      |
+                                                +--Generate(ticket)--> decode worker <==+
+                                                +--Run(ticket)-------> prefill worker ==+ UCX
+
+Tokens come back over gRPC, state never touches the router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from stateferry.api import inference_codec as codec
+from stateferry.api.status import abort, code_of
+from stateferry.core.clock import Clock
+from stateferry.core.errors import InvalidRequest, Overloaded
+from stateferry.core.ids import Role
+from stateferry.router.admission import Admission
+from stateferry.router.generate import Generation, Job
+from stateferry.router.membership import WorkerRegistry
+from stateferry.router.model_info import ModelInfo
+from stateferry.router.observer import RouterObserver
+from stateferry.router.text import Tokenizer
+from stateferry.v1 import inference_pb2
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+# A client that reads nothing for this long gives its workers back.
+CLIENT_STALL_S = 60.0
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What a call needs before it may wait for workers."""
+
+    model: ModelInfo
+    limits: codec.RequestLimits
+    tokenizer: Tokenizer
+    admission: Admission
+    client_stall_s: float = CLIENT_STALL_S
+
+
+class InferenceServicer:
+    """Takes raw request bytes, so that malformed ones are answered by name of field."""
+
+    def __init__(
+        self,
+        door: Door,
+        generation: Generation,
+        registry: WorkerRegistry,
+        clock: Clock,
+        observer: RouterObserver,
+    ) -> None:
+        self._door = door
+        self._generation = generation
+        self._registry = registry
+        self._clock = clock
+        self._observer = observer
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the handlers; what generated code would do, but for the request parser."""
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate),
+            "ListModels": grpc.unary_unary_rpc_method_handler(self.ListModels),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
+        )
+
+    async def Generate(self, payload: bytes, context: Context) -> None:
+        """Answers with deltas and one completion, or ends with an error's status."""
+        async with self._call(context):
+            arrived_s = self._clock.monotonic_s()
+            remaining_s = context.time_remaining()
+            client = codec.parse_generate(payload, self._door.limits)
+            with self._door.admission.enter(client.request_id):
+                job = await self._job(client, arrived_s, remaining_s)
+                completion = await self._generation.run(job, self._emitter(context))
+                await context.write(codec.completion_to_bytes(completion))
+
+    async def ListModels(self, payload: bytes, context: Context) -> bytes:
+        """The one model this router serves."""
+        model = self._door.model
+        listing = codec.ModelListing(
+            name=model.name,
+            max_context_tokens=model.max_context_tokens,
+            vocab_size=model.vocab_size,
+            grid_tokens=model.grid_tokens,
+            prefill_workers=len(self._registry.views(Role.PREFILL)),
+            decode_workers=len(self._registry.views(Role.DECODE)),
+        )
+        return codec.models_to_bytes([listing])
+
+    async def _job(
+        self, client: codec.ClientRequest, arrived_s: float, remaining_s: float | None
+    ) -> Job:
+        prompt = client.prompt
+        ids = await self._door.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Job(
+            request=codec.complete_request(client, ids, self._door.limits),
+            tenant=client.tenant,
+            stop_strings=client.stop.strings,
+            arrived_s=arrived_s,
+            deadline_s=math.inf if remaining_s is None else arrived_s + remaining_s,
+        )
+
+    def _emitter(self, context: Context) -> Callable[[codec.Delta], Any]:
+        async def emit(delta: codec.Delta) -> None:
+            try:
+                async with asyncio.timeout(self._door.client_stall_s):
+                    await context.write(codec.delta_to_bytes(delta))
+            except TimeoutError:
+                raise Overloaded("the client does not read its stream") from None
+
+        return emit
+
+    @asynccontextmanager
+    async def _call(self, context: Context) -> AsyncIterator[None]:
+        """Counts a call, and turns its error into a status."""
+        began_s = self._clock.monotonic_s()
+        self._observer.request_started()
+        code = grpc.StatusCode.OK
+        try:
+            yield
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            code = code_of(error)
+            if context.done():
+                # The client has left: a write failed, and nobody would hear of it.
+                code = grpc.StatusCode.CANCELLED
+                return
+            _log_failure(error)
+            await abort(context, error)
+        finally:
+            self._observer.request_finished(code.name, self._clock.monotonic_s() - began_s)
+
+
+def _log_failure(error: Exception) -> None:
+    if isinstance(error, InvalidRequest):
+        # Its text may tell of the prompt; the field's name does not.
+        log.info("refused a request: %s", error.field)
+    elif code_of(error) is grpc.StatusCode.INTERNAL:
+        log.error("a request failed: %s", type(error).__name__, exc_info=error)
+    else:
+        log.warning("a request failed: %s: %s", type(error).__name__, error)

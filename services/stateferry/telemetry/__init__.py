@@ -1,0 +1,1 @@
+"""Metrics and logs: how a process shows from outside what it does."""

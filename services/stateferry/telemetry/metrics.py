@@ -1,0 +1,178 @@
+"""Every metric, by owner. A process makes one registry, and one object for those who measure.
+
+Names are ``stateferry_<component>_<thing>_<unit>`` in base units (seconds, bytes). Labels take few
+values: roles, gRPC codes, results, pools; never request ids, prompts or addresses. There are no
+module-level metrics, so that two processes' worth of them can live in one test.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from stateferry.core.ids import Role
+from stateferry.core.worker import PoolCount, WorkerLoad
+from stateferry.telemetry import buckets
+
+
+def new_registry() -> CollectorRegistry:
+    """A registry that also reports this process's memory, CPU time and open files."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def set_build_info(
+    registry: CollectorRegistry, *, role: str, version: str, kernels: str, transport: str
+) -> None:
+    """``stateferry_process_info``: always 1, for joining on its labels.
+
+    ``kernels`` and ``transport`` are empty on a router.
+    """
+    Gauge(
+        "stateferry_process_info",
+        "What this process is. Always 1.",
+        ("role", "version", "kernels", "transport"),
+        registry=registry,
+    ).labels(role, version, kernels, transport).set(1)
+
+
+class RouterMetrics:
+    """Implements ``router/observer.py: RouterObserver``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, help: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"stateferry_router_{name}", help, labels, registry=registry)
+
+        def gauge(name: str, help: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"stateferry_router_{name}", help, labels, registry=registry)
+
+        def seconds(name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
+            full = f"stateferry_router_{name}_seconds"
+            return Histogram(full, help, buckets=bounds, registry=registry)
+
+        self._received = counter("requests_received_total", "Calls that arrived, valid or not.")
+        self._requests = counter("requests_total", "Calls that ended, by status.", ("code",))
+        self._duration = seconds("request", "From arrival to end of a call.", buckets.WAIT_SECONDS)
+        self._in_flight = gauge("requests_in_flight", "Requests inside the router.")
+        self._queued = gauge("requests_queued", "Requests in flight that wait for a worker.")
+        self._queue_wait = seconds("queue_wait", "Wait for workers.", buckets.WAIT_SECONDS)
+        self._first_token = seconds(
+            "time_to_first_token", "From arrival to the first delta.", buckets.WAIT_SECONDS
+        )
+        self._inter_token = seconds(
+            "inter_token", "Between two tokens of one stream.", buckets.STEP_SECONDS
+        )
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of finished requests.")
+        self._generated_tokens = counter("generated_tokens_total", "Tokens sent to clients.")
+        self._handoff_size = counter(
+            "handoff_bytes_total", "State that moved from prefill to decode.", ("transport",)
+        )
+        self._handoff_time = seconds(
+            "handoff", "From the start of a push to its seal.", buckets.HANDOFF_SECONDS
+        )
+        self._workers = gauge("workers", "Live workers.", ("role",))
+        for role in Role:
+            # Zero from the start: an absent series cannot raise an alarm.
+            self._workers.labels(role.value).set(0)
+
+    def request_started(self) -> None:
+        """A call arrived; valid or not."""
+        self._received.inc()
+
+    def request_finished(self, code: str, seconds: float) -> None:
+        """A call ended with a gRPC status name."""
+        self._requests.labels(code).inc()
+        self._duration.observe(seconds)
+
+    def tokens(self, prompt: int, generated: int) -> None:
+        """Tokens of one completed request."""
+        self._prompt_tokens.inc(prompt)
+        self._generated_tokens.inc(generated)
+
+    def queued(self, seconds: float) -> None:
+        """A request found its workers after this wait."""
+        self._queue_wait.observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        """From a request's arrival to its first delta."""
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        """Between two neighbouring tokens of one stream."""
+        self._inter_token.observe(seconds)
+
+    def handoff(self, transport: str, size_bytes: int, seconds: float) -> None:
+        """A state went from a prefill to a decode worker."""
+        self._handoff_size.labels(transport).inc(size_bytes)
+        self._handoff_time.observe(seconds)
+
+    def occupancy(self, in_flight: int, waiting: int) -> None:
+        """Requests inside the router, and those among them that wait for a worker."""
+        self._in_flight.set(in_flight)
+        self._queued.set(waiting)
+
+    def workers(self, role: str, count: int) -> None:
+        """Live workers of a role."""
+        self._workers.labels(role).set(count)
+
+
+class WorkerMetrics:
+    """Implements ``worker/observer.py: WorkerMeter``, plus gauges for load. Thread safe."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, help: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"stateferry_worker_{name}", help, labels, registry=registry)
+
+        def histogram(name: str, help: str, label: str, bounds: tuple[float, ...]) -> Histogram:
+            full = f"stateferry_worker_{name}"
+            return Histogram(full, help, (label,), buckets=bounds, registry=registry)
+
+        self._active = gauge("requests_active", "Requests held, in any phase.")
+        self._queued = gauge("requests_queued", "Requests accepted but not begun.")
+        self._queued_tokens = gauge("tokens_queued", "Prompt tokens still to compute.")
+        self._slots = gauge("state_slots", "State slots.", ("status",))
+        self._pages = gauge("tail_pages", "Tail pages.", ("status",))
+        self._step_time = histogram(
+            "step_seconds", "One forward pass.", "kind", buckets.STEP_SECONDS
+        )
+        self._step_rows = histogram(
+            "step_sequences", "Sequences in one forward pass.", "kind", buckets.BATCH_ROWS
+        )
+        self._step_tokens = histogram(
+            "step_tokens", "Tokens in one forward pass.", "kind", buckets.BATCH_TOKENS
+        )
+        self._handoff_time = histogram(
+            "handoff_seconds", "One hand-off, as this side saw it.", "result",
+            buckets.HANDOFF_SECONDS,
+        )  # fmt: skip
+        self._handoff_size = histogram(
+            "handoff_bytes", "Payload of one hand-off.", "result", buckets.HANDOFF_BYTES
+        )
+
+    def observe_step(self, kind: str, seconds: float, rows: int, tokens: int) -> None:
+        """One forward pass. ``kind`` is extend or decode; ``rows`` counts sequences."""
+        self._step_time.labels(kind).observe(seconds)
+        self._step_rows.labels(kind).observe(rows)
+        self._step_tokens.labels(kind).observe(tokens)
+
+    def observe_handoff(self, result: str, size_bytes: int, seconds: float) -> None:
+        """One hand-off ended. ``result`` is sealed or failed."""
+        self._handoff_time.labels(result).observe(seconds)
+        self._handoff_size.labels(result).observe(size_bytes)
+
+    def set_pools(self, state_slots: PoolCount, tail_pages: PoolCount) -> None:
+        """Occupancy of the pools."""
+        for gauge, count in ((self._slots, state_slots), (self._pages, tail_pages)):
+            gauge.labels("free").set(count.free)
+            gauge.labels("used").set(count.total - count.free)
+
+    def set_requests(self, active: int, queued: int, queued_tokens: int = 0) -> None:
+        """Requests held and waiting, and the prompt tokens that wait with them."""
+        self._active.set(active)
+        self._queued.set(queued)
+        self._queued_tokens.set(queued_tokens)
+
+    def set_load(self, load: WorkerLoad) -> None:
+        """Everything that a heartbeat says: call it with each report."""
+        self.set_requests(load.active_requests, load.queued_requests, load.queued_tokens)
+        self.set_pools(load.state_slots, load.tail_pages)

@@ -1,0 +1,52 @@
+"""Control messages over a connection: one reader, one writer, one reused receive buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stateferry.core.errors import FrameError
+from stateferry.transfer.frames import (
+    CONTROL_MAX_BYTES,
+    Frame,
+    FrameType,
+    decode_frame,
+    encode_frame,
+)
+from stateferry.transfer.transport import Connection
+
+
+class Channel:
+    """One side of a connection, for control messages. DATA goes to ``connection`` directly."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._buffer = np.zeros(CONTROL_MAX_BYTES, dtype=np.uint8)
+
+    async def send(
+        self, frame_type: FrameType, sequence: int, body: bytes, timeout_s: float
+    ) -> None:
+        """Raises PeerLost."""
+        message = encode_frame(Frame(frame_type, sequence, body))
+        await self.connection.send(np.frombuffer(message, dtype=np.uint8), timeout_s)
+
+    async def read(self, timeout_s: float | None) -> Frame:
+        """The next control message. Raises PeerLost or FrameError; then the connection is broken.
+
+        Mutates the receive buffer. An old message left in it cannot pass for a new one: the first
+        byte is wiped before each receive.
+        """
+        self._buffer[0] = 0
+        await self.connection.recv_into(self._buffer, timeout_s)
+        try:
+            return decode_frame(self._buffer.data)
+        except FrameError:
+            self.connection.abort()
+            raise
+
+    async def read_answer(self, sequence: int, timeout_s: float) -> Frame:
+        """Like ``read``, for an answer to push number ``sequence``."""
+        frame = await self.read(timeout_s)
+        if frame.sequence != sequence:
+            self.connection.abort()
+            raise FrameError(f"an answer to push {frame.sequence}, not {sequence}")
+        return frame

@@ -1,0 +1,247 @@
+"""The sender's side of one (sender, receiver) pair: one connection, one push at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from stateferry.core.errors import (
+    FrameError,
+    HandshakeMismatch,
+    IntegrityError,
+    Overloaded,
+    PeerLost,
+)
+from stateferry.core.fingerprint import Fingerprint
+from stateferry.core.ids import WorkerKey
+from stateferry.transfer.blocking import crc32c, run_sized
+from stateferry.transfer.channel import Channel
+from stateferry.transfer.frames import (
+    DATA_MESSAGE_BYTES,
+    FrameType,
+    Hello,
+    PushRejected,
+    RejectReason,
+    decode_reason,
+    decode_refused,
+    encode_hello,
+    encode_welcome,
+)
+from stateferry.transfer.limits import TransferLimits
+from stateferry.transfer.manifest import (
+    Manifest,
+    Segment,
+    SegmentSpec,
+    encode_manifest,
+    segment_offsets,
+)
+from stateferry.transfer.staging import StagingBlock, StagingPool
+from stateferry.transfer.transport import Transport
+
+_BYE_TIMEOUT_S = 0.2
+_SEQUENCE_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class SenderShared:
+    """What all lanes of one sender use together."""
+
+    transport: Transport
+    me: WorkerKey
+    fingerprint: Fingerprint
+    limits: TransferLimits
+    staging: StagingPool
+
+
+@dataclass(frozen=True, slots=True)
+class PushOrder:
+    """One push, as its caller wants it."""
+
+    request_id: str
+    epoch: int
+    payload: bytes
+    segments: Sequence[Segment]
+
+
+class Lane:
+    """Connects lazily and again after a failure. A connection in an unknown phase is never used."""
+
+    def __init__(self, address: str, receiver: WorkerKey, shared: SenderShared) -> None:
+        self._address = address
+        self._receiver = receiver
+        self._shared = shared
+        self._turn = asyncio.Lock()
+        self._queued = 0
+        self._channel: Channel | None = None
+        self._sequence = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._queued > 0
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None and self._channel.connection.alive
+
+    async def push(self, order: PushOrder) -> str:
+        """Send one hand-off; returns the name of the transport once the peer has sealed it.
+
+        Raises as HandoffSender.push does.
+        """
+        limits = self._shared.limits
+        if self._queued >= limits.max_queued_pushes:
+            raise Overloaded(f"{self._queued} pushes to {self._receiver} are queued")
+        deadline_s = asyncio.get_running_loop().time() + limits.push_timeout_s
+        async with self._own_turn(deadline_s):
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    return await self._push_now(order)
+            except TimeoutError as error:
+                raise PeerLost(f"push not done in {limits.push_timeout_s} s") from error
+
+    async def connect(self) -> None:
+        """Connect and shake hands now. Raises PeerLost or HandshakeMismatch."""
+        deadline_s = asyncio.get_running_loop().time() + self._shared.limits.push_timeout_s
+        async with self._own_turn(deadline_s):
+            await self._ready()
+
+    async def close(self) -> None:
+        """Say goodbye if idle, and break the connection: a push in flight fails with PeerLost."""
+        channel, self._channel = self._channel, None
+        if channel is None:
+            return
+        if not self._turn.locked():
+            with contextlib.suppress(PeerLost):
+                await channel.send(FrameType.BYE, 0, b"", _BYE_TIMEOUT_S)
+        channel.connection.abort()
+
+    @contextlib.asynccontextmanager
+    async def _own_turn(self, deadline_s: float) -> AsyncIterator[None]:
+        self._queued += 1
+        try:
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._turn.acquire()
+            except TimeoutError as error:
+                raise Overloaded(f"pushes to {self._receiver} are too slow") from error
+            try:
+                yield
+            finally:
+                self._turn.release()
+        finally:
+            self._queued -= 1
+
+    async def _push_now(self, order: PushOrder) -> str:
+        channel = await self._ready()
+        offsets, wire_bytes = segment_offsets([segment.data.nbytes for segment in order.segments])
+        block = await self._shared.staging.acquire(wire_bytes, self._shared.limits.credit_timeout_s)
+        try:
+            specs = await run_sized(wire_bytes, lambda: _stage(order.segments, offsets, block))
+            body = self._push_body(order, specs)
+        except BaseException:
+            block.release()
+            raise
+        try:
+            await self._transfer(channel, body, block)
+        except (PushRejected, IntegrityError, Overloaded):
+            # The peer answered, so both sides know where they are and nobody reads the staging.
+            block.release()
+            raise
+        except BaseException:
+            # The peer may still be reading from the staging: never reuse it.
+            channel.connection.abort()
+            channel.connection.when_idle(block.retire)
+            raise
+        block.release()
+        return channel.connection.name
+
+    def _push_body(self, order: PushOrder, specs: tuple[SegmentSpec, ...]) -> bytes:
+        shared = self._shared
+        return encode_manifest(
+            Manifest(
+                request_id=order.request_id,
+                epoch=order.epoch,
+                sender=shared.me,
+                receiver=self._receiver,
+                payload=order.payload,
+                segments=specs,
+            )
+        )
+
+    async def _transfer(self, channel: Channel, body: bytes, block: StagingBlock) -> None:
+        limits = self._shared.limits
+        self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
+        await channel.send(FrameType.PUSH, sequence, body, limits.progress_timeout_s)
+        # The receiver's own limit comes first, so that its refusal can still arrive.
+        answer = await channel.read_answer(
+            sequence, limits.credit_timeout_s + limits.progress_timeout_s
+        )
+        if answer.type is FrameType.REJECT:
+            raise _rejection(decode_reason(answer.body))
+        if answer.type is not FrameType.CREDIT:
+            raise FrameError(f"a {answer.type.name} where a CREDIT was due")
+        for start in range(0, block.data.size, DATA_MESSAGE_BYTES):
+            message = block.data[start : start + DATA_MESSAGE_BYTES]
+            await channel.connection.send(message, limits.progress_timeout_s)
+        answer = await channel.read_answer(sequence, limits.progress_timeout_s)
+        if answer.type is FrameType.FAILED:
+            raise _rejection(decode_reason(answer.body))
+        if answer.type is not FrameType.SEALED:
+            raise FrameError(f"a {answer.type.name} where a SEALED was due")
+
+    async def _ready(self) -> Channel:
+        if self._channel is not None and self._channel.connection.alive:
+            return self._channel
+        limits = self._shared.limits
+        connection = await self._shared.transport.connect(self._address, limits.connect_timeout_s)
+        channel = Channel(connection)
+        try:
+            await self._shake_hands(channel)
+        except BaseException:
+            connection.abort()
+            raise
+        self._channel = channel
+        return channel
+
+    async def _shake_hands(self, channel: Channel) -> None:
+        shared, timeout_s = self._shared, self._shared.limits.handshake_timeout_s
+        hello = encode_hello(Hello(shared.me, self._receiver, shared.fingerprint))
+        await channel.send(FrameType.HELLO, 0, hello, timeout_s)
+        answer = await channel.read(timeout_s)
+        if answer.type is FrameType.REFUSED:
+            refused = decode_refused(answer.body)
+            ours = getattr(shared.fingerprint, refused.field, str(self._receiver))
+            raise HandshakeMismatch(refused.field, ours, refused.theirs)
+        if answer.type is not FrameType.WELCOME:
+            raise FrameError(f"a {answer.type.name} where a WELCOME was due")
+        if answer.body != encode_welcome(shared.fingerprint):
+            raise HandshakeMismatch("fingerprint", shared.fingerprint.digest(), answer.body)
+
+
+def _rejection(reason: RejectReason) -> PushRejected | Overloaded | IntegrityError:
+    if reason is RejectReason.OVERLOADED:
+        return Overloaded(f"the receiver: {reason.value}")
+    if reason is RejectReason.INTEGRITY:
+        return IntegrityError(f"the receiver: {reason.value}")
+    return PushRejected(reason)
+
+
+def _stage(
+    segments: Sequence[Segment], offsets: Sequence[int], block: StagingBlock
+) -> tuple[SegmentSpec, ...]:
+    """Copy the segments into ``block``. The checksum is that of the copy: of what is sent."""
+    specs, end = [], 0
+    for segment, start in zip(segments, offsets, strict=True):
+        # The gap may hold bytes of another request.
+        block.data[end:start] = 0
+        end = start + segment.data.nbytes
+        block.data[start:end] = segment.data
+        crc = crc32c(block.data[start:end])
+        specs.append(
+            SegmentSpec(
+                segment.kind, segment.layer, segment.dtype, segment.shape, segment.data.nbytes, crc
+            )
+        )
+    return tuple(specs)

@@ -1,0 +1,134 @@
+"""The prefill worker's end: pushes a finished prompt's state to a decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stateferry.core.clock import Clock
+from stateferry.core.errors import Overloaded, Unavailable
+from stateferry.core.fingerprint import Fingerprint
+from stateferry.core.ids import WorkerKey
+from stateferry.transfer.lane import Lane, PushOrder, SenderShared
+from stateferry.transfer.limits import TransferLimits
+from stateferry.transfer.manifest import Segment
+from stateferry.transfer.staging import StagingPool
+from stateferry.transfer.transport import Transport
+
+
+@dataclass(frozen=True, slots=True)
+class PushReceipt:
+    """A sealed push. ``duration_s`` includes waiting; ``transport`` is the one really used."""
+
+    size_bytes: int
+    duration_s: float
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class SenderSnapshot:
+    """For metrics: monotonic totals, and what is held right now."""
+
+    pushes_sealed: int
+    pushes_failed: int
+    pushed_bytes: int
+    staging_in_use_bytes: int
+    connections: int
+
+
+class HandoffSender:
+    """Keeps one connection per receiver. Does not own ``transport``.
+
+    Every segment is copied once, into staging of this object, and sent from there: the caller's
+    memory is never under a transfer. Over UCX's shared memory the receiver then copies once more,
+    straight from that staging into its own.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        me: WorkerKey,
+        fingerprint: Fingerprint,
+        limits: TransferLimits,
+        clock: Clock,
+    ) -> None:
+        self._shared = SenderShared(
+            transport, me, fingerprint, limits, StagingPool(limits.staging_bytes)
+        )
+        self._clock = clock
+        self._lanes: dict[tuple[str, WorkerKey], Lane] = {}
+        self._closed = False
+        self._sealed = 0
+        self._failed = 0
+        self._pushed_bytes = 0
+
+    async def push(
+        self,
+        address: str,
+        receiver: WorkerKey,
+        request_id: str,
+        epoch: int,
+        payload: bytes,
+        segments: Sequence[Segment],
+    ) -> PushReceipt:
+        """Push one sequence's state and wait until ``receiver`` has sealed it.
+
+        The segments must not change before this returns or raises; after that they may. Cancelling
+        breaks the connection. Nothing is retried.
+
+        Raises PushRejected when the receiver will not have it, Overloaded when a queue or staging
+        is full, IntegrityError when wrong bytes arrived, HandshakeMismatch, FrameError for a
+        manifest beyond the limits or a peer that talks nonsense, PeerLost for all that breaks.
+        """
+        started_s = self._clock.monotonic_s()
+        size_bytes = sum(segment.data.nbytes for segment in segments)
+        lane = self._lane(address, receiver)
+        try:
+            transport = await lane.push(PushOrder(request_id, epoch, payload, segments))
+        except BaseException:
+            self._failed += 1
+            raise
+        self._sealed += 1
+        self._pushed_bytes += size_bytes
+        return PushReceipt(size_bytes, self._clock.monotonic_s() - started_s, transport)
+
+    async def connect(self, address: str, receiver: WorkerKey) -> None:
+        """Connect and compare fingerprints ahead of the first push.
+
+        Raises HandshakeMismatch naming the field, or PeerLost.
+        """
+        await self._lane(address, receiver).connect()
+
+    def snapshot(self) -> SenderSnapshot:
+        return SenderSnapshot(
+            pushes_sealed=self._sealed,
+            pushes_failed=self._failed,
+            pushed_bytes=self._pushed_bytes,
+            staging_in_use_bytes=self._shared.staging.in_use_bytes,
+            connections=sum(lane.connected for lane in self._lanes.values()),
+        )
+
+    async def close(self) -> None:
+        """Break all connections; pushes in flight fail with PeerLost. Idempotent."""
+        self._closed = True
+        lanes = list(self._lanes.values())
+        self._lanes.clear()
+        for lane in lanes:
+            await lane.close()
+
+    def _lane(self, address: str, receiver: WorkerKey) -> Lane:
+        if self._closed:
+            raise Unavailable("the sender is closed")
+        lane = self._lanes.get((address, receiver))
+        if lane is None:
+            self._make_room()
+            lane = self._lanes[(address, receiver)] = Lane(address, receiver, self._shared)
+        return lane
+
+    def _make_room(self) -> None:
+        """Forget lanes without a connection: receivers that restart leave one behind each time."""
+        for key, lane in list(self._lanes.items()):
+            if not lane.busy and not lane.connected:
+                del self._lanes[key]
+        if len(self._lanes) >= self._shared.limits.max_connections:
+            raise Overloaded(f"connected to {len(self._lanes)} receivers already")

@@ -1,0 +1,43 @@
+"""Generated files are what their generators write today."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from stateferry.config_docs import markdown
+
+
+def test_generated_grpc_code_is_current(repository: Path, tmp_path: Path) -> None:
+    """`make proto` would change nothing."""
+    protos = sorted(p.relative_to(repository) for p in repository.glob("proto/stateferry/v1/*"))
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    command = [sys.executable, "-P", "-m", "grpc_tools.protoc", "-Iproto", *outputs]
+    done = subprocess.run(
+        [*command, *map(str, protos)], cwd=repository, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = {path.name: path.read_text() for path in (tmp_path / "stateferry/v1").iterdir()}
+    folder = repository / "services/stateferry/v1"
+    present = {path.name: path.read_text() for path in folder.glob("*_pb2*.py*")}
+    assert sorted(present) == sorted(wanted)
+    stale = [name for name in wanted if present[name] != wanted[name]]
+    assert not stale, f"run `make proto`: {stale}"
+
+
+def test_every_field_and_method_of_the_api_has_a_comment(repository: Path) -> None:
+    """A method, or a field whose name alone does not say its unit or meaning, is explained."""
+    bare = []
+    for path in sorted(repository.glob("proto/stateferry/v1/*.proto")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for previous, line in zip(lines, lines[1:], strict=False):
+            if line.strip().startswith("rpc ") and not previous.strip().startswith("//"):
+                bare.append(f"{path.name}: {line.strip()}")
+    assert not bare, "\n".join(bare)
+
+
+def test_the_settings_page_is_current(repository: Path) -> None:
+    """`make docs` would change nothing."""
+    page = (repository / "docs/CONFIG.md").read_text(encoding="utf-8")
+    assert page == markdown(), "run `make docs`"

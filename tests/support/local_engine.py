@@ -1,0 +1,23 @@
+"""The one-process engine over a model directory: the oracle of the cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stateferry.colocated.engine import ColocatedEngine
+from stateferry.config import ModelSection, WorkerSection
+from stateferry.worker.parts import EngineParts, build_engine
+
+
+def local_engine(
+    model_dir: Path, *, max_requests: int = 16, budget_tokens: int = 512, grid: int = 0
+) -> tuple[ColocatedEngine, EngineParts]:
+    """An engine whose pools are full of NaN, so that a read of unwritten memory shows."""
+    parts = build_engine(
+        model_dir, ModelSection(grid_tokens=grid), WorkerSection(max_requests=max_requests)
+    )
+    parts.cache.pool.poison()
+    engine = ColocatedEngine(
+        parts.runner, parts.cache, grid=parts.grid, budget_tokens=budget_tokens
+    )
+    return engine, parts

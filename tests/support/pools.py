@@ -1,0 +1,32 @@
+"""Waiting until every worker's pools are whole again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from stateferry.client import Client
+
+
+async def wait_until_idle(client: Client, within_s: float) -> float:
+    """Seconds until no worker holds anything. Fails the test when that takes too long.
+
+    The figures are the workers' own, so they trail by one heartbeat (0.5 s) at most.
+    """
+    began_s = time.monotonic()
+    while True:
+        workers = await client.list_workers()
+        busy = [
+            f"{w.description.worker_id}: {w.load}"
+            for w in workers
+            if w.dispatched_requests
+            or w.load.active_requests
+            or w.load.queued_requests
+            or w.load.state_slots_free != w.load.state_slots_total
+            or w.load.tail_pages_free != w.load.tail_pages_total
+        ]
+        took_s = time.monotonic() - began_s
+        if workers and not busy:
+            return took_s
+        assert took_s < within_s, f"still held after {took_s:.2f} s: {busy}"
+        await asyncio.sleep(0.05)

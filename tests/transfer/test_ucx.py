@@ -1,0 +1,260 @@
+"""Real UCX between two processes, and what is left when one of them is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.ucx,
+    pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed"),
+]
+
+PEER = Path(__file__).with_name("ucx_peer.py")
+ROOT = Path(__file__).parents[2]
+SMALL_BYTES = 1_400_003
+BIG_BYTES = 64 << 20
+START_S = 30.0
+
+
+class Peer:
+    """A child process that speaks JSON lines."""
+
+    def __init__(self, *arguments: str) -> None:
+        paths = [str(ROOT / "services"), str(ROOT / "kernels")]
+        self.process = subprocess.Popen(
+            [sys.executable, str(PEER), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._kept: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._events.put(json.loads(line))
+
+    def tell(self, **command: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def wait(self, key: str, value: Any = None, timeout_s: float = 10.0) -> dict[str, Any]:
+        """The next event that has ``key``, with ``value`` if given. Others are kept for later."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            for event in self._kept:
+                if key in event and value in (None, event[key]):
+                    self._kept.remove(event)
+                    return event
+            try:
+                self._kept.append(self._events.get(timeout=deadline_s - time.monotonic()))
+            except (queue.Empty, ValueError):
+                raise AssertionError(f"no {key} {value}, but {self._kept}") from None
+
+    def kill(self) -> float:
+        """SIGKILL. Returns when, in wall-clock seconds."""
+        at_s = time.time()
+        self.process.send_signal(signal.SIGKILL)
+        self.close()
+        return at_s
+
+    def close(self, timeout_s: float = 5.0) -> int:
+        """End of input; the process must end by itself. Returns its exit code."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+            self.process.stdout.close()
+
+
+class Starter:
+    """Starts peers and remembers them."""
+
+    def __init__(self) -> None:
+        self.peers: list[Peer] = []
+
+    def __call__(self, *arguments: str) -> Peer:
+        self.peers.append(Peer(*arguments))
+        return self.peers[-1]
+
+
+@pytest.fixture
+def start() -> Iterator[Starter]:
+    """Starts peers; those that no test killed must end by themselves, with code 0."""
+    starter = Starter()
+    yield starter
+    codes = [peer.close() for peer in starter.peers]
+    assert set(codes) <= {0, -signal.SIGKILL}
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Peer]:
+    """Lives through all that happens to its senders, and leaks nothing."""
+    peer = Peer("uvloop", "receiver")
+    yield peer
+    deadline_s = time.monotonic() + 5.0
+    while True:
+        peer.tell(do="snapshot")
+        snapshot = peer.wait("staging_in_use_bytes")
+        if snapshot["connections"] == 0 or time.monotonic() > deadline_s:
+            break
+        time.sleep(0.05)
+    assert (snapshot["staging_in_use_bytes"], snapshot["connections"]) == (0, 0)
+    assert peer.close() == 0
+
+
+@pytest.fixture(scope="module")
+def address(receiver: Peer) -> str:
+    return str(receiver.wait("address", timeout_s=START_S)["address"])
+
+
+def expect(receiver: Peer, rid: str, sender: str, max_bytes: int = BIG_BYTES) -> None:
+    receiver.tell(do="expect", rid=rid, sender=sender, max_bytes=max_bytes)
+    receiver.wait("expecting", rid)
+
+
+def check_handoff(receiver: Peer, sender: Peer, name: str, rid: str, size_bytes: int) -> None:
+    expect(receiver, rid, name)
+    sender.tell(do="push", rids=[rid], size_bytes=size_bytes)
+    pushed, sealed = sender.wait("pushed"), receiver.wait("sealed", rid)
+    assert pushed["digest"] == sealed["digest"]
+    assert pushed["transport"] == sealed["transport"] == "ucx"
+    assert pushed["size_bytes"] == sealed["size_bytes"] == size_bytes
+    assert sealed["payload"] == "payload"
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_bytes_arrive_over_ucx(receiver: Peer, address: str, start: Starter, loop: str) -> None:
+    sender = start(loop, "sender", f"happy-{loop}", address)
+    sender.wait("ready", timeout_s=START_S)
+    for size_bytes in (1, SMALL_BYTES, BIG_BYTES):
+        rid = f"{loop}-{size_bytes}"
+        check_handoff(receiver, sender, f"happy-{loop}", rid, size_bytes)
+    assert sender.close() == 0
+
+
+def test_receiver_says_which_transports_it_has(start: Starter) -> None:
+    peer = start("uvloop", "receiver")
+    described = peer.wait("describe", timeout_s=START_S)["describe"]
+    assert described.startswith("ucx 1.")
+    assert {"tcp", "cma", "posix"} <= set(described.split(": ")[1].split(", "))
+
+
+@pytest.mark.parametrize("stall_at", [1, 2, 4])
+def test_sender_killed_in_the_middle_of_a_push(
+    receiver: Peer, address: str, start: Starter, stall_at: int
+) -> None:
+    """Before the manifest (1 is PUSH), before the first and between two DATA messages."""
+    other = start("uvloop", "sender", f"other-{stall_at}", address)
+    victim = start("uvloop", "sender", f"victim-{stall_at}", address)
+    for peer in (other, victim):
+        peer.wait("ready", timeout_s=START_S)
+    rid = f"killed-{stall_at}"
+    expect(receiver, rid, f"victim-{stall_at}")
+    victim.tell(do="push", rids=[rid], size_bytes=BIG_BYTES, stall_at=stall_at)
+    victim.wait("stalled")
+    killed_at_s = victim.kill()
+    if stall_at > 1:
+        failed = receiver.wait("failed", rid)
+        assert failed["error"] == "PeerLost"
+        # Well below the progress deadline of 2 s: UCX itself noticed.
+        assert failed["at_s"] - killed_at_s < 1.5
+    check_handoff(receiver, other, f"other-{stall_at}", f"after-{stall_at}", SMALL_BYTES)
+    assert other.close() == 0
+
+
+def test_senders_killed_at_any_moment(receiver: Peer, address: str, start: Starter) -> None:
+    """No stall: the kill hits whatever is going on among 64 MiB pushes."""
+    for n, delay_s in enumerate((0.03, 0.08, 0.16)):
+        name = f"random-{n}"
+        victim = start("uvloop", "sender", name, address)
+        victim.wait("ready", timeout_s=START_S)
+        rids = [f"{name}-{m}" for m in range(40)]
+        for rid in rids:
+            expect(receiver, rid, name)
+        victim.tell(do="push", rids=rids, size_bytes=BIG_BYTES)
+        receiver.wait("sealed", rids[0])
+        time.sleep(delay_s)
+        victim.kill()
+    other = start("uvloop", "sender", "after-random", address)
+    other.wait("ready", timeout_s=START_S)
+    check_handoff(receiver, other, "after-random", "after-random", BIG_BYTES)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_receiver_killed_or_hung(start: Starter, how: signal.Signals) -> None:
+    receiver = start("uvloop", "receiver")
+    address = receiver.wait("address", timeout_s=START_S)["address"]
+    sender = start("uvloop", "sender", "prefill-0", address)
+    sender.wait("ready", timeout_s=START_S)
+    check_handoff(receiver, sender, "prefill-0", "before", SMALL_BYTES)
+    rids = [f"r{n}" for n in range(200)]
+    for rid in rids:
+        expect(receiver, rid, "prefill-0")
+    sender.tell(do="push", rids=rids, size_bytes=BIG_BYTES)
+    receiver.wait("sealed", rids[0])
+    hit_at_s = time.time()
+    receiver.process.send_signal(how)
+    failed = sender.wait("failed")
+    assert failed["error"] == "PeerLost"
+    assert failed["at_s"] - hit_at_s < (1.5 if how is signal.SIGKILL else 3.5)
+    receiver.kill()
+    sender.tell(do="push", rids=["again"], size_bytes=SMALL_BYTES)
+    assert sender.wait("failed", "again")["error"] == "PeerLost"
+    assert sender.close() == 0
+
+
+def test_garbage_over_plain_tcp(receiver: Peer, address: str, start: Starter) -> None:
+    host, port = address.rsplit(":", 1)
+    for garbage in (b"", b"\x00" * 64, os.urandom(5000), b"GET / HTTP/1.1\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=2.0) as connection:
+            with contextlib.suppress(OSError):
+                connection.sendall(garbage)
+    sender = start("uvloop", "sender", "after-garbage", address)
+    sender.wait("ready", timeout_s=START_S)
+    check_handoff(receiver, sender, "after-garbage", "after-garbage", SMALL_BYTES)
+
+
+def test_a_process_that_forgets_to_close_still_ends(
+    receiver: Peer, address: str, start: Starter
+) -> None:
+    sender = start("uvloop", "sender", "crasher", address)
+    sender.wait("ready", timeout_s=START_S)
+    check_handoff(receiver, sender, "crasher", "before-crash", SMALL_BYTES)
+    sender.tell(do="crash")
+    assert sender.close() == 3
+    start.peers.remove(sender)
+
+
+def test_idle_connections_cost_little(receiver: Peer, address: str, start: Starter) -> None:
+    sender = start("uvloop", "sender", "idle", address)
+    sender.wait("ready", timeout_s=START_S)
+    check_handoff(receiver, sender, "idle", "idle", SMALL_BYTES)
+    receiver.tell(do="idle", seconds=1.0)
+    assert receiver.wait("cpu_share")["cpu_share"] < 0.25

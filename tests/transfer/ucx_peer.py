@@ -1,0 +1,166 @@
+"""One end of a UCX hand-off in a process of its own, driven over pipes by test_ucx.py.
+
+Reads commands as JSON lines, writes events as JSON lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from stateferry.core.clock import SystemClock
+from stateferry.core.errors import StateferryError
+from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
+from stateferry.core.ids import WorkerKey
+from stateferry.transfer.limits import TransferLimits
+from stateferry.transfer.manifest import Segment, SegmentKind
+from stateferry.transfer.receiver import HandoffReceiver
+from stateferry.transfer.sender import HandoffSender
+from stateferry.transfer.transport import Connection
+from stateferry.transfer.ucx import UcxSettings, UcxTransport
+
+FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w", "l", 64, "bfloat16")
+DECODE = WorkerKey("decode-0", 1)
+LIMITS = TransferLimits(staging_bytes=512 << 20, progress_timeout_s=2.0)
+
+
+def write(**event: Any) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def digest(segments: Any) -> str:
+    whole = hashlib.sha256()
+    for segment in segments:
+        whole.update(segment.data)
+    return whole.hexdigest()
+
+
+def make_segments(size_bytes: int) -> list[Segment]:
+    """24 layers of random bytes, ``size_bytes`` in all."""
+    data = np.random.default_rng(size_bytes).integers(0, 256, size_bytes, dtype=np.uint8)
+    cuts = np.linspace(0, size_bytes, 25).astype(int)
+    return [
+        Segment(SegmentKind.SSM_STATE, n, "uint8", (int(b - a),), data[a:b])
+        for n, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+    ]
+
+
+async def commands() -> Any:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        yield json.loads(line)
+
+
+def cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+async def receive(receiver: HandoffReceiver, rid: str, sender: WorkerKey, size: int) -> None:
+    expectation = receiver.expect(rid, 1, sender, size)
+    write(expecting=rid)
+    try:
+        with await expectation.sealed(20.0) as received:
+            write(
+                sealed=rid,
+                digest=digest(received.segments),
+                payload=received.manifest.payload.decode(),
+                size_bytes=received.size_bytes,
+                transport=received.transport,
+            )
+    except StateferryError as error:
+        write(failed=rid, error=type(error).__name__, at_s=time.time(), text=str(error))
+
+
+async def run_receiver(transport: UcxTransport) -> None:
+    receiver = HandoffReceiver(transport, DECODE, FINGERPRINT, LIMITS, SystemClock())
+    write(address=await receiver.start(), describe=transport.describe())
+    tasks = set()
+    async for command in commands():
+        if command["do"] == "expect":
+            sender = WorkerKey(command["sender"], 1)
+            tasks.add(
+                asyncio.ensure_future(
+                    receive(receiver, command["rid"], sender, command["max_bytes"])
+                )
+            )
+        elif command["do"] == "snapshot":
+            snapshot = receiver.snapshot()
+            write(
+                staging_in_use_bytes=snapshot.staging_in_use_bytes,
+                connections=snapshot.connections,
+                frames_refused=snapshot.totals.frames_refused,
+            )
+        elif command["do"] == "idle":
+            before_s = cpu_s()
+            await asyncio.sleep(command["seconds"])
+            write(cpu_share=(cpu_s() - before_s) / command["seconds"])
+    await receiver.close()
+
+
+async def run_sender(transport: UcxTransport, name: str, address: str) -> None:
+    me = WorkerKey(name, 1)
+    sender = HandoffSender(transport, me, FINGERPRINT, LIMITS, SystemClock())
+    write(ready=name)
+    async for command in commands():
+        if command["do"] == "crash":
+            raise SystemExit(3)
+        segments = make_segments(command["size_bytes"])
+        if "stall_at" in command:
+            _stall_at(command["stall_at"])
+        try:
+            durations_s = []
+            for rid in command["rids"]:
+                receipt = await sender.push(address, DECODE, rid, 1, b"payload", segments)
+                durations_s.append(receipt.duration_s)
+            write(
+                pushed=command["rids"],
+                digest=digest(segments),
+                durations_s=durations_s,
+                size_bytes=receipt.size_bytes,
+                transport=receipt.transport,
+            )
+        except StateferryError as error:
+            write(failed=rid, error=type(error).__name__, at_s=time.time(), text=str(error))
+    await sender.close()
+
+
+def _stall_at(number: int) -> None:
+    """Stop for ever before the ``number``-th message from now on, and say so."""
+    send, count = Connection.send, 0
+
+    async def counting_send(self: Connection, data: Any, timeout_s: float) -> None:
+        nonlocal count
+        if count == number:
+            write(stalled=number)
+            await asyncio.sleep(3600)
+        count += 1
+        await send(self, data, timeout_s)
+
+    Connection.send = counting_send  # type: ignore[method-assign]
+
+
+async def main(role: str, rest: list[str]) -> None:
+    transport = UcxTransport(UcxSettings())
+    if role == "receiver":
+        await run_receiver(transport)
+    else:
+        await run_sender(transport, *rest)
+    await transport.close()
+    write(closed=role)
+
+
+if __name__ == "__main__":
+    run = uvloop.run if sys.argv[1] == "uvloop" else asyncio.run
+    run(main(sys.argv[2], sys.argv[3:]))
