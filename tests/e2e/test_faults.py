@@ -62,7 +62,7 @@ async def test_prefill_killed_before_the_hand_off(own_cluster: LocalCluster) -> 
     async with Client(own_cluster.router_address) as client:
         never = asyncio.Event()
         stream = asyncio.create_task(stream_until_error(client, never, VERY_LONG_PROMPT))
-        await _until_active(client, "decode-0")
+        await _until_dispatched(client, "prefill-0")
         own_cluster.kill("prefill-0", signal.SIGKILL)
         began_s = time.monotonic()
         code, tokens = await asyncio.wait_for(stream, 5)
@@ -104,7 +104,7 @@ async def test_cancel_frees_both_sides(cluster: LocalCluster, after_tokens: int)
 async def test_cancel_during_prefill_frees_both_sides(cluster: LocalCluster) -> None:
     async with Client(cluster.router_address) as client:
         stream = asyncio.create_task(stream_until_error(client, asyncio.Event(), VERY_LONG_PROMPT))
-        await _until_active(client, "decode-0")
+        await _until_dispatched(client, "prefill-0")
         stream.cancel()
         await wait_until_idle(client, within_s=1.5)
 
@@ -138,11 +138,11 @@ async def test_a_deadline_ends_the_stream_and_frees_both_sides(cluster: LocalClu
         await wait_until_idle(client, within_s=1.5)
 
 
-async def _until_active(client: Client, worker_id: str) -> None:
+async def _until_dispatched(client: Client, worker_id: str) -> None:
     deadline_s = time.monotonic() + 10
     while time.monotonic() < deadline_s:
         for worker in await client.list_workers():
-            if worker.description.worker_id == worker_id and worker.load.active_requests:
+            if worker.description.worker_id == worker_id and worker.dispatched_requests:
                 return
         await asyncio.sleep(0.02)
-    raise AssertionError(f"{worker_id} never became active")
+    raise AssertionError(f"{worker_id} never got a request")

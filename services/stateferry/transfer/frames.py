@@ -6,6 +6,7 @@
     HELLO    who, to whom, fingerprint ->
              <- WELCOME | REFUSED        what differs
     PUSH     manifest                  ->            one at a time per connection
+             <- WAITING, repeated        there is no staging yet, but the receiver lives
              <- CREDIT | REJECT          staging is there, or why not
     DATA     raw bytes, in messages of DATA_MESSAGE_BYTES, the last one shorter
              <- SEALED | FAILED          every checksum held, or why not
@@ -51,6 +52,7 @@ class FrameType(enum.Enum):
     SEALED = 7
     FAILED = 8
     BYE = 9
+    WAITING = 10
 
 
 class RejectReason(enum.Enum):

@@ -65,6 +65,29 @@ class PushOrder:
     segments: Sequence[Segment]
 
 
+class _Push:
+    """A push under way, and whether its caller still waits for it."""
+
+    def __init__(self, order: PushOrder) -> None:
+        self.order = order
+        self.staged = asyncio.Event()
+        self._is_staging = False
+        self._is_abandoned = False
+
+    def begin_staging(self) -> None:
+        """From here to ``staged`` the caller's memory is read. Raises PeerLost if it is too late."""
+        if self._is_abandoned:
+            raise PeerLost("the push was given up before it began")
+        self._is_staging = True
+
+    async def abandon(self) -> None:
+        """The caller goes: returns once its memory is not read any more, and never will be."""
+        self._is_abandoned = True
+        while self._is_staging and not self.staged.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.staged.wait()
+
+
 class Lane:
     """Connects lazily and again after a failure. A connection in an unknown phase is never used."""
 
@@ -74,6 +97,7 @@ class Lane:
         self._shared = shared
         self._turn = asyncio.Lock()
         self._queued = 0
+        self._pushes: set[asyncio.Task[str]] = set()
         self._channel: Channel | None = None
         self._sequence = 0
 
@@ -88,18 +112,21 @@ class Lane:
     async def push(self, order: PushOrder) -> str:
         """Send one hand-off; returns the name of the transport once the peer has sealed it.
 
-        Raises as HandoffSender.push does.
+        Raises as HandoffSender.push does. A cancelled caller stops waiting, no more: the push itself
+        goes on in the background, bounded by its deadline, and the receiver drops it. Breaking off
+        would cost every other push its connection.
         """
-        limits = self._shared.limits
-        if self._queued >= limits.max_queued_pushes:
+        if self._queued >= self._shared.limits.max_queued_pushes:
             raise Overloaded(f"{self._queued} pushes to {self._receiver} are queued")
-        deadline_s = asyncio.get_running_loop().time() + limits.push_timeout_s
-        async with self._own_turn(deadline_s):
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    return await self._push_now(order)
-            except TimeoutError as error:
-                raise PeerLost(f"push not done in {limits.push_timeout_s} s") from error
+        push = _Push(order)
+        task = asyncio.ensure_future(self._push_in_turn(push))
+        self._pushes.add(task)
+        task.add_done_callback(self._push_ended)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await push.abandon()
+            raise
 
     async def connect(self) -> None:
         """Connect and shake hands now. Raises PeerLost or HandshakeMismatch."""
@@ -117,6 +144,25 @@ class Lane:
                 await channel.send(FrameType.BYE, 0, b"", _BYE_TIMEOUT_S)
         channel.connection.abort()
 
+    def _push_ended(self, task: asyncio.Task[str]) -> None:
+        self._pushes.discard(task)
+        if not task.cancelled():
+            # Take the exception even if the caller has gone.
+            task.exception()
+
+    async def _push_in_turn(self, push: _Push) -> str:
+        limits = self._shared.limits
+        deadline_s = asyncio.get_running_loop().time() + limits.push_timeout_s
+        try:
+            async with self._own_turn(deadline_s):
+                try:
+                    async with asyncio.timeout_at(deadline_s):
+                        return await self._push_now(push)
+                except TimeoutError as error:
+                    raise PeerLost(f"push not done in {limits.push_timeout_s} s") from error
+        finally:
+            push.staged.set()
+
     @contextlib.asynccontextmanager
     async def _own_turn(self, deadline_s: float) -> AsyncIterator[None]:
         self._queued += 1
@@ -133,12 +179,14 @@ class Lane:
         finally:
             self._queued -= 1
 
-    async def _push_now(self, order: PushOrder) -> str:
-        channel = await self._ready()
+    async def _push_now(self, push: _Push) -> str:
+        channel, order = await self._ready(), push.order
         offsets, wire_bytes = segment_offsets([segment.data.nbytes for segment in order.segments])
         block = await self._shared.staging.acquire(wire_bytes, self._shared.limits.credit_timeout_s)
         try:
+            push.begin_staging()
             specs = await run_sized(wire_bytes, lambda: _stage(order.segments, offsets, block))
+            push.staged.set()
             body = self._push_body(order, specs)
         except BaseException:
             block.release()
@@ -174,10 +222,9 @@ class Lane:
         limits = self._shared.limits
         self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
         await channel.send(FrameType.PUSH, sequence, body, limits.progress_timeout_s)
-        # The receiver's own limit comes first, so that its refusal can still arrive.
-        answer = await channel.read_answer(
-            sequence, limits.credit_timeout_s + limits.progress_timeout_s
-        )
+        answer = await channel.read_answer(sequence, limits.progress_timeout_s)
+        while answer.type is FrameType.WAITING:
+            answer = await channel.read_answer(sequence, limits.progress_timeout_s)
         if answer.type is FrameType.REJECT:
             raise _rejection(decode_reason(answer.body))
         if answer.type is not FrameType.CREDIT:

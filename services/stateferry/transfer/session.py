@@ -39,8 +39,8 @@ from stateferry.transfer.transport import Connection
 
 log = logging.getLogger(__name__)
 
-# How often a push that waits for staging looks whether its sender still lives.
-_LIVENESS_INTERVAL_S = 0.25
+# Signs of life to a sender that waits for staging, per deadline that it has.
+_SIGNS_PER_DEADLINE = 4
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Session:
             await self._reject(frame.sequence, claimed)
             return
         try:
-            block = await self._grant(claimed, _wire_bytes(manifest))
+            block = await self._grant(frame.sequence, claimed, _wire_bytes(manifest))
             if isinstance(block, RejectReason):
                 await self._reject(frame.sequence, block)
                 return
@@ -165,19 +165,24 @@ class Session:
         await self._channel.send(frame_type, sequence, body, timeout_s)
 
     async def _grant(
-        self, expectation: Expectation, size_bytes: int
+        self, sequence: int, expectation: Expectation, size_bytes: int
     ) -> StagingBlock | RejectReason:
         """Staging for a claimed push, or why there is none. Raises PeerLost."""
-        timeout_s = self._shared.limits.credit_timeout_s
-        acquiring = asyncio.ensure_future(self._shared.staging.acquire(size_bytes, timeout_s))
+        limits = self._shared.limits
+        interval_s = limits.progress_timeout_s / _SIGNS_PER_DEADLINE
+        acquiring = asyncio.ensure_future(
+            self._shared.staging.acquire(size_bytes, limits.credit_timeout_s)
+        )
         either: set[asyncio.Future[Any]] = {acquiring, expectation.outcome}
         try:
-            while not (acquiring.done() or expectation.outcome.done()):
-                if not self._connection.alive:
-                    raise PeerLost("the sender went away while it waited for staging")
-                await asyncio.wait(
-                    either, timeout=_LIVENESS_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+            while True:
+                done, _ = await asyncio.wait(
+                    either, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED
                 )
+                if done:
+                    break
+                # Also finds out whether the sender is still there.
+                await self._answer(FrameType.WAITING, sequence)
             if not expectation.outcome.done():
                 return acquiring.result()
         except Overloaded:
