@@ -56,9 +56,7 @@ async def test_wrong_bytes_hurt_their_own_request_only(
 
 
 @pytest.mark.parametrize("changed", ["short", "empty", "long", "other"])
-async def test_data_of_another_length_never_seals(
-    cluster: Any, faults: Any, changed: str
-) -> None:
+async def test_data_of_another_length_never_seals(cluster: Any, faults: Any, changed: str) -> None:
     async def distort(n: int, data: Any) -> Any:
         if n != DATA:
             return data
@@ -140,9 +138,7 @@ async def test_stalled_receiver_costs_one_deadline(cluster: Any) -> None:
 
 
 @pytest.mark.parametrize("phase", [HELLO, PUSH, DATA, DATA + 1])
-async def test_cancelled_push_drops_its_connection(
-    cluster: Any, faults: Any, phase: int
-) -> None:
+async def test_cancelled_push_drops_its_connection(cluster: Any, faults: Any, phase: int) -> None:
     faults.on_send = stall_at(phase)
     sender, expectation = cluster.sender(faults=faults), cluster.expect("r1")
     if phase == DATA + 1:
@@ -203,9 +199,7 @@ async def test_expectation_cancelled_before_the_push(cluster: Any) -> None:
         await expectation.sealed(1.0)
 
 
-async def test_expectation_cancelled_while_data_is_on_its_way(
-    cluster: Any, faults: Any
-) -> None:
+async def test_expectation_cancelled_while_data_is_on_its_way(cluster: Any, faults: Any) -> None:
     expectation = cluster.expect("r1")
     staging_at_cancel = []
 
@@ -290,9 +284,7 @@ async def test_staging_runs_out_and_recovers(cluster: Any) -> None:
     pushes = []
     for n in range(3):
         sender = cluster.sender(keys[n], limits=limits)
-        pushes.append(
-            asyncio.ensure_future(cluster.push(sender, f"r{n}", segments=segments))
-        )
+        pushes.append(asyncio.ensure_future(cluster.push(sender, f"r{n}", segments=segments)))
         await asyncio.sleep(0.02)
     first, second = [await e.sealed(FAR_S) for e in expectations[:2]]
     assert not pushes[2].done()
@@ -330,6 +322,17 @@ async def test_push_that_waits_for_staging_can_end(cluster: Any, end: str, fault
             await expectation.sealed(0.4)
     held.release()
     await cluster.serves("r2")
+
+
+async def test_waiting_for_staging_may_take_longer_than_a_deadline(cluster: Any) -> None:
+    """The receiver says that it lives; a silent one would be given up after half a second."""
+    object.__setattr__(cluster.limits, "credit_timeout_s", 5.0)
+    try:
+        held = await cluster.receiver._shared.staging.acquire(64 << 20, 1.0)
+        asyncio.get_running_loop().call_later(1.2, held.release)
+        await cluster.serves("r1")
+    finally:
+        object.__setattr__(cluster.limits, "credit_timeout_s", 0.5)
 
 
 async def test_connections_are_bounded(cluster: Any) -> None:

@@ -45,7 +45,7 @@ class Peer:
         )
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._kept: list[dict[str, Any]] = []
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -89,7 +89,7 @@ class Peer:
         finally:
             self.process.kill()
             self.process.wait()
-            self._reader.join()
+            self._reader.join(5.0)
             self.process.stdout.close()
 
 
@@ -230,13 +230,15 @@ def test_receiver_killed_or_hung(start: Starter, how: signal.Signals) -> None:
     assert sender.close() == 0
 
 
-def test_garbage_over_plain_tcp(receiver: Peer, address: str, start: Starter) -> None:
-    host, port = address.rsplit(":", 1)
-    for garbage in (b"", b"\x00" * 64, os.urandom(5000), b"GET / HTTP/1.1\r\n\r\n"):
-        with socket.create_connection((host, int(port)), timeout=2.0) as connection:
-            with contextlib.suppress(OSError):
-                connection.sendall(garbage)
+def test_garbage_over_plain_tcp(start: Starter) -> None:
+    """On a receiver of its own: UCX 1.21 keeps a thread spinning after the longest of these."""
+    receiver = start("uvloop", "receiver")
+    address = receiver.wait("address", timeout_s=START_S)["address"]
     sender = start("uvloop", "sender", "after-garbage", address)
+    host, port = address.rsplit(":", 1)
+    for garbage in (b"", b"\x00" * 64, b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000)):
+        with socket.create_connection((host, int(port)), timeout=2.0) as connection:
+            connection.sendall(garbage)
     sender.wait("ready", timeout_s=START_S)
     check_handoff(receiver, sender, "after-garbage", "after-garbage", SMALL_BYTES)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import resource
 import sys
 import time
@@ -32,9 +33,14 @@ DECODE = WorkerKey("decode-0", 1)
 LIMITS = TransferLimits(staging_bytes=512 << 20, progress_timeout_s=2.0)
 
 
+# Libraries may print; events have a pipe of their own.
+EVENTS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
 def write(**event: Any) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    EVENTS.write(json.dumps(event) + "\n")
+    EVENTS.flush()
 
 
 def digest(segments: Any) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -81,10 +82,10 @@ class WorkerChannels:
 
 async def answers(channel: grpc.aio.Channel, timeout_s: float) -> bool:
     """Whether the process behind a channel still answers a health check, well or not."""
+    # The stub's type annotations leave its methods out.
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     try:
-        await health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(), timeout=timeout_s
-        )
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         return error.code() not in (
             grpc.StatusCode.UNAVAILABLE,

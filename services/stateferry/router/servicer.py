@@ -15,10 +15,10 @@ Tokens come back over gRPC, state never touches the router.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,6 @@ class Door:
     limits: codec.RequestLimits
     tokenizer: Tokenizer
     admission: Admission
-    client_stall_s: float = CLIENT_STALL_S
 
 
 class InferenceServicer:
@@ -86,14 +85,15 @@ class InferenceServicer:
 
     async def Generate(self, payload: bytes, context: Context) -> None:
         """Answers with deltas and one completion, or ends with an error's status."""
-        async with self._call(context):
+        writer = ResponseWriter(context)
+        async with self._call(context, writer):
             arrived_s = self._clock.monotonic_s()
             remaining_s = context.time_remaining()
             client = codec.parse_generate(payload, self._door.limits)
             with self._door.admission.enter(client.request_id):
                 job = await self._job(client, arrived_s, remaining_s)
-                completion = await self._generation.run(job, self._emitter(context))
-                await context.write(codec.completion_to_bytes(completion))
+                completion = await self._generation.run(job, writer.emit)
+            await writer.write(codec.completion_to_bytes(completion))
 
     async def ListModels(self, payload: bytes, context: Context) -> bytes:
         """The one model this router serves."""
@@ -121,18 +121,8 @@ class InferenceServicer:
             deadline_s=math.inf if remaining_s is None else arrived_s + remaining_s,
         )
 
-    def _emitter(self, context: Context) -> Callable[[codec.Delta], Any]:
-        async def emit(delta: codec.Delta) -> None:
-            try:
-                async with asyncio.timeout(self._door.client_stall_s):
-                    await context.write(codec.delta_to_bytes(delta))
-            except TimeoutError:
-                raise Overloaded("the client does not read its stream") from None
-
-        return emit
-
-    @asynccontextmanager
-    async def _call(self, context: Context) -> AsyncIterator[None]:
+    @contextlib.asynccontextmanager
+    async def _call(self, context: Context, writer: ResponseWriter) -> AsyncIterator[None]:
         """Counts a call, and turns its error into a status."""
         began_s = self._clock.monotonic_s()
         self._observer.request_started()
@@ -141,17 +131,55 @@ class InferenceServicer:
             yield
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
+            writer.abandon()
             raise
         except Exception as error:
             code = code_of(error)
             if context.done():
                 # The client has left: a write failed, and nobody would hear of it.
                 code = grpc.StatusCode.CANCELLED
+                writer.abandon()
                 return
             _log_failure(error)
+            await writer.settle()
             await abort(context, error)
         finally:
             self._observer.request_finished(code.name, self._clock.monotonic_s() - began_s)
+
+
+class ResponseWriter:
+    """Writes one call's responses, one after the other.
+
+    A write that was handed to gRPC must come to its end before a status can be sent, so cancelling
+    whoever waits for it must not cancel it.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._last: asyncio.Task[None] | None = None
+
+    async def emit(self, delta: codec.Delta) -> None:
+        await self.write(codec.delta_to_bytes(delta))
+
+    async def write(self, payload: bytes) -> None:
+        """Returns when gRPC has taken the response. Raises Overloaded when it does not in time."""
+        self._last = asyncio.ensure_future(self._context.write(payload))
+        try:
+            async with asyncio.timeout(CLIENT_STALL_S):
+                await asyncio.shield(self._last)
+        except TimeoutError:
+            raise Overloaded("the client does not read its stream") from None
+
+    def abandon(self) -> None:
+        """The call is over: nobody waits for the last write any more."""
+        if self._last is not None:
+            self._last.cancel()
+
+    async def settle(self) -> None:
+        """Wait for the last write: for a client that does not read, until it reads or leaves."""
+        if self._last is not None:
+            with contextlib.suppress(Exception):
+                await self._last
 
 
 def _log_failure(error: Exception) -> None:

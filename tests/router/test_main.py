@@ -1,0 +1,89 @@
+"""The router as a process runs it: from a model directory to a health check and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from router.fakes import KEY, byte_tokenizer
+import stateferry
+from stateferry.config import Config, ModelSection, load_config
+from stateferry.core.errors import ConfigError, ModelError
+from stateferry.router.main import run_router
+from stateferry.router.model_info import read_model_info
+from stateferry.v1 import inference_pb2 as pb
+from stateferry.v1 import inference_pb2_grpc
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    options = {"vocab_size": 300, "chunk_size": 64, "eos_token_id": 256}
+    (directory / "config.json").write_text(json.dumps(options))
+    byte_tokenizer()._tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def config(**overrides: object) -> Config:
+    base = {"cluster.key": KEY, "router.port": 0}
+    return load_config(overrides={**base, **overrides}, environ={})
+
+
+async def test_it_serves_until_told_to_stop(model_dir: Path) -> None:
+    addresses: dict[str, str] = {}
+    stop = asyncio.Event()
+    running = asyncio.create_task(run_router(config(), model_dir, addresses.update, stop))
+    async with asyncio.timeout(5):
+        while not addresses:
+            await asyncio.sleep(0.01)
+    async with grpc.aio.insecure_channel(addresses["grpc"]) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        reply = await health.Check(health_pb2.HealthCheckRequest())
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        [model] = (await stub.ListModels(pb.ListModelsRequest())).models
+        assert (model.name, model.grid_tokens, model.vocab_size) == ("tiny", 64, 300)
+    assert addresses["metrics"].startswith("127.0.0.1:")
+    began_s = time.monotonic()
+    stop.set()
+    await asyncio.wait_for(running, 5)
+    assert time.monotonic() - began_s < 2
+
+
+async def test_a_bad_key_or_model_is_refused_before_serving(model_dir: Path) -> None:
+    stop = asyncio.Event()
+    with pytest.raises(ConfigError, match=r"cluster\.key"):
+        await run_router(config(**{"cluster.key": "short"}), model_dir, dict.update, stop)
+    (model_dir / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        await run_router(config(), model_dir, dict.update, stop)
+
+
+def test_model_info_prefers_the_generation_config(model_dir: Path) -> None:
+    assert read_model_info(model_dir, ModelSection()).eos_token_ids == {256}
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 999]}))
+    info = read_model_info(model_dir, ModelSection(name="n", grid_tokens=32))
+    assert info.eos_token_ids == {1, 2}
+    assert (info.name, info.grid_tokens) == ("n", 32)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"vocab_size": "9"}', '{"vocab_size": 0}'])
+def test_an_unusable_config_is_named(model_dir: Path, content: str) -> None:
+    (model_dir / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_model_info(model_dir, ModelSection())
+
+
+def test_the_router_never_loads_torch() -> None:
+    check = "import sys, stateferry.router.main; sys.exit('torch' in sys.modules)"
+    source_root = str(Path(stateferry.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", check], check=True, env={"PYTHONPATH": source_root})

@@ -1,0 +1,111 @@
+"""Which workers a request gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from router.fakes import FINGERPRINT, description
+from stateferry.core.fingerprint import Fingerprint
+from stateferry.core.ids import Role
+from stateferry.router.membership import WorkerView
+from stateferry.router.placement import Need, place, what_is_missing
+
+NEED = Need(prompt_len=10, total_tokens=20, needs_decode=True)
+ONE_TOKEN = Need(prompt_len=10, total_tokens=11, needs_decode=False)
+OTHER = dataclasses.replace(FINGERPRINT, weights="other")
+
+
+def view(
+    role: Role,
+    number: int,
+    *,
+    requests: int = 0,
+    tokens: int = 0,
+    capacity: int = 4,
+    context: int = 4096,
+    fingerprint: Fingerprint = FINGERPRINT,
+) -> WorkerView:
+    worker = description(
+        role,
+        f"{role.value}-{number}",
+        capacity=capacity,
+        max_context_tokens=context,
+        fingerprint=fingerprint,
+    )
+    return WorkerView(worker, None, requests, requests, tokens, 0.0)
+
+
+def prefill(number: int, **values: object) -> WorkerView:
+    return view(Role.PREFILL, number, **values)  # type: ignore[arg-type]
+
+
+def decode(number: int, **values: object) -> WorkerView:
+    return view(Role.DECODE, number, **values)  # type: ignore[arg-type]
+
+
+def ids(prefills: list[WorkerView], decodes: list[WorkerView], need: Need = NEED) -> object:
+    found = {
+        (p.prefill.key.worker_id, p.decode and p.decode.key.worker_id)
+        for p in (place(prefills, decodes, need, turn) for turn in range(6))
+        if p is not None
+    }
+    return sorted(found, key=str)
+
+
+def test_prefill_goes_by_tokens_and_decode_by_requests() -> None:
+    prefills = [prefill(0, requests=1, tokens=500), prefill(1, requests=3, tokens=40)]
+    decodes = [decode(0, requests=2), decode(1, requests=1, tokens=9999)]
+    assert ids(prefills, decodes) == [("prefill-1", "decode-1")]
+
+
+def test_decode_load_is_relative_to_capacity() -> None:
+    decodes = [decode(0, requests=2, capacity=4), decode(1, requests=3, capacity=32)]
+    assert ids([prefill(0)], decodes) == [("prefill-0", "decode-1")]
+
+
+def test_full_workers_get_nothing() -> None:
+    assert ids([prefill(0)], [decode(0, requests=4), decode(1, requests=3)]) == [
+        ("prefill-0", "decode-1")
+    ]
+    assert place([prefill(0, requests=4)], [decode(0)], NEED, 0) is None
+    assert place([prefill(0)], [decode(0, requests=4)], NEED, 0) is None
+    # Busy is a reason to wait, not to give up.
+    assert what_is_missing([prefill(0, requests=4)], [decode(0)], NEED) is None
+
+
+def test_different_fingerprints_never_pair() -> None:
+    assert place([prefill(0)], [decode(0, fingerprint=OTHER)], NEED, 0) is None
+    # The least-loaded decode worker is useless to the only prefill worker with room.
+    prefills = [prefill(0, requests=4), prefill(1, tokens=5, fingerprint=OTHER)]
+    decodes = [decode(0), decode(1, requests=3, fingerprint=OTHER)]
+    assert ids(prefills, decodes) == [("prefill-1", "decode-1")]
+
+
+def test_equally_loaded_workers_take_turns() -> None:
+    prefills, decodes = [prefill(n) for n in range(3)], [decode(n) for n in range(2)]
+    placed = [place(prefills, decodes, NEED, turn) for turn in range(60)]
+    assert set(Counter(p.prefill.key for p in placed if p).values()) == {20}
+    assert set(Counter(p.decode.key for p in placed if p and p.decode).values()) == {30}
+    # Same input, same answer.
+    assert placed == [place(prefills, decodes, NEED, turn) for turn in range(60)]
+
+
+def test_one_token_needs_no_decode_worker() -> None:
+    assert ids([prefill(0)], [], ONE_TOKEN) == [("prefill-0", None)]
+    assert what_is_missing([prefill(0)], [], ONE_TOKEN) is None
+
+
+def test_a_worker_with_a_short_context_is_passed_over() -> None:
+    decodes = [decode(0, context=19), decode(1, requests=3, context=20)]
+    assert ids([prefill(0)], decodes) == [("prefill-0", "decode-1")]
+
+
+def test_what_is_missing_is_named() -> None:
+    assert "prefill" in (what_is_missing([], [decode(0)], NEED) or "")
+    assert "decode" in (what_is_missing([prefill(0)], [], NEED) or "")
+    assert "20 tokens" in (what_is_missing([prefill(0)], [decode(0, context=19)], NEED) or "")
+    assert "fingerprints" in (
+        what_is_missing([prefill(0)], [decode(0, fingerprint=OTHER)], NEED) or ""
+    )
+    assert what_is_missing([prefill(0)], [decode(0)], NEED) is None
