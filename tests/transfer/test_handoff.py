@@ -153,8 +153,14 @@ async def test_a_second_push_of_a_sealed_attempt_is_refused(cluster: Any) -> Non
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("protocol", 2), ("model", "x"), ("weights", "x"), ("layout", "x"), ("grid", 128)]
-    + [("dtype", "float32")],
+    [
+        ("protocol", 2),
+        ("model", "x"),
+        ("weights", "x"),
+        ("layout", "x"),
+        ("grid", 128),
+        ("dtype", "float32"),
+    ],
 )
 async def test_a_different_fingerprint_is_refused_by_name(
     cluster: Any, field: str, value: Any

@@ -17,12 +17,12 @@ from stateferry.transfer.frames import (
     Frame,
     FrameType,
     Hello,
+    RefusedHello,
+    RejectReason,
     encode_frame,
     encode_hello,
     encode_reason,
     encode_refused,
-    RefusedHello,
-    RejectReason,
     encode_welcome,
 )
 from stateferry.transfer.inproc import InprocTransport

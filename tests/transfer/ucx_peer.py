@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -56,7 +57,7 @@ def make_segments(size_bytes: int) -> list[Segment]:
     cuts = np.linspace(0, size_bytes, 25).astype(int)
     return [
         Segment(SegmentKind.SSM_STATE, n, "uint8", (int(b - a),), data[a:b])
-        for n, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+        for n, (a, b) in enumerate(itertools.pairwise(cuts))
     ]
 
 

@@ -13,6 +13,7 @@ from stateferry.core.errors import (
     IntegrityError,
     Overloaded,
     PeerLost,
+    Unavailable,
 )
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
@@ -75,7 +76,7 @@ class _Push:
         self._is_abandoned = False
 
     def begin_staging(self) -> None:
-        """From here to ``staged`` the caller's memory is read. Raises PeerLost if it is too late."""
+        """From here to ``staged`` the caller's memory is read. Raises PeerLost when too late."""
         if self._is_abandoned:
             raise PeerLost("the push was given up before it began")
         self._is_staging = True
@@ -96,14 +97,14 @@ class Lane:
         self._receiver = receiver
         self._shared = shared
         self._turn = asyncio.Lock()
-        self._queued = 0
+        self._closed = False
         self._pushes: set[asyncio.Task[str]] = set()
         self._channel: Channel | None = None
         self._sequence = 0
 
     @property
     def busy(self) -> bool:
-        return self._queued > 0
+        return bool(self._pushes) or self._turn.locked()
 
     @property
     def connected(self) -> bool:
@@ -116,8 +117,8 @@ class Lane:
         goes on in the background, bounded by its deadline, and the receiver drops it. Breaking off
         would cost every other push its connection.
         """
-        if self._queued >= self._shared.limits.max_queued_pushes:
-            raise Overloaded(f"{self._queued} pushes to {self._receiver} are queued")
+        if len(self._pushes) >= self._shared.limits.max_queued_pushes:
+            raise Overloaded(f"{len(self._pushes)} pushes to {self._receiver} are queued")
         push = _Push(order)
         task = asyncio.ensure_future(self._push_in_turn(push))
         self._pushes.add(task)
@@ -136,13 +137,15 @@ class Lane:
 
     async def close(self) -> None:
         """Say goodbye if idle, and break the connection: a push in flight fails with PeerLost."""
+        self._closed = True
         channel, self._channel = self._channel, None
-        if channel is None:
-            return
-        if not self._turn.locked():
-            with contextlib.suppress(PeerLost):
-                await channel.send(FrameType.BYE, 0, b"", _BYE_TIMEOUT_S)
-        channel.connection.abort()
+        if channel is not None:
+            if not self._turn.locked():
+                with contextlib.suppress(PeerLost):
+                    await channel.send(FrameType.BYE, 0, b"", _BYE_TIMEOUT_S)
+            channel.connection.abort()
+        if self._pushes:
+            await asyncio.wait(self._pushes)
 
     def _push_ended(self, task: asyncio.Task[str]) -> None:
         self._pushes.discard(task)
@@ -165,19 +168,15 @@ class Lane:
 
     @contextlib.asynccontextmanager
     async def _own_turn(self, deadline_s: float) -> AsyncIterator[None]:
-        self._queued += 1
         try:
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    await self._turn.acquire()
-            except TimeoutError as error:
-                raise Overloaded(f"pushes to {self._receiver} are too slow") from error
-            try:
-                yield
-            finally:
-                self._turn.release()
+            async with asyncio.timeout_at(deadline_s):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise Overloaded(f"pushes to {self._receiver} are too slow") from error
+        try:
+            yield
         finally:
-            self._queued -= 1
+            self._turn.release()
 
     async def _push_now(self, push: _Push) -> str:
         channel, order = await self._ready(), push.order
@@ -239,6 +238,8 @@ class Lane:
             raise FrameError(f"a {answer.type.name} where a SEALED was due")
 
     async def _ready(self) -> Channel:
+        if self._closed:
+            raise Unavailable("the sender is closed")
         if self._channel is not None and self._channel.connection.alive:
             return self._channel
         limits = self._shared.limits
@@ -249,6 +250,9 @@ class Lane:
         except BaseException:
             connection.abort()
             raise
+        if self._closed:
+            connection.abort()
+            raise Unavailable("the sender was closed meanwhile")
         self._channel = channel
         return channel
 

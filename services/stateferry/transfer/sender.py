@@ -73,8 +73,8 @@ class HandoffSender:
     ) -> PushReceipt:
         """Push one sequence's state and wait until ``receiver`` has sealed it.
 
-        The segments must not change before this returns or raises; after that they may. Cancelling
-        breaks the connection. Nothing is retried.
+        The segments must not change before this returns or raises; after that they may. When
+        cancelled, a push that has begun goes on in the background. Nothing is retried.
 
         Raises PushRejected when the receiver will not have it, Overloaded when a queue or staging
         is full, IntegrityError when wrong bytes arrived, HandshakeMismatch, FrameError for a

@@ -44,6 +44,8 @@ TUNED_VARIABLES: Mapping[str, str] = {
     "UCXX_LOG_LEVEL": "fatal",
 }
 _CLOSE_PERIOD_NS = 200_000_000
+# ucxx's own limit on a connect cancels it, on either side: see UcxTransport.connect.
+_NEVER = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class UcxTransport:
         self._ucxx: ModuleType | None = None
         self._listener: Any = None
         self._links: weakref.WeakSet[UcxLink] = weakref.WeakSet()
+        self._unclaimed: dict[asyncio.Task[Any], str] = {}
 
     async def listen(self, handler: Callable[[Connection], None]) -> str:
         """Returns ``host:port``. Raises ConfigError when the port cannot be had."""
@@ -123,30 +126,33 @@ class UcxTransport:
                 lambda endpoint: handler(self._connection(endpoint)),
                 port=self._settings.port,
                 endpoint_error_handling=True,
+                connect_timeout=_NEVER,
             )
         except ucxx.exceptions.UCXError as error:
             raise ConfigError("worker.transfer_port", f"UCX cannot listen: {error}") from error
         return f"{self._settings.host}:{self._listener.port}"
 
     async def connect(self, address: str, timeout_s: float) -> Connection:
-        """``address`` is ``host:port``. Raises PeerLost."""
+        """``address`` is ``host:port``. Raises PeerLost.
+
+        A connect is never cancelled: ucxx would free a buffer that UCX still writes to, and the
+        heap of this process with it. UCX itself ends all attempts but those to a hung peer; one of
+        those that nobody waits for any more is taken up by the next call for its address.
+        """
         ucxx = self._start()
-        host, _, port = address.rpartition(":")
+        opening = self._take_unclaimed(address) or asyncio.ensure_future(_open(ucxx, address))
         try:
-            async with asyncio.timeout(timeout_s):
-                # ucxx would resolve a name on the event loop.
-                found = await asyncio.get_running_loop().getaddrinfo(
-                    host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM
-                )
-                endpoint = await ucxx.create_endpoint(
-                    found[0][4][0],
-                    int(port),
-                    endpoint_error_handling=True,
-                    connect_timeout=timeout_s,
-                )
+            await asyncio.wait({opening}, timeout=timeout_s)
+        except asyncio.CancelledError:
+            self._leave(address, opening)
+            raise
+        if not opening.done():
+            self._leave(address, opening)
+            raise PeerLost(f"ucx: no connection to {address} within {timeout_s} s")
+        try:
+            return self._connection(opening.result())
         except (ucxx.exceptions.UCXError, OSError, RuntimeError, ValueError) as error:
             raise PeerLost(f"ucx: cannot connect to {address}: {error!r}") from error
-        return self._connection(endpoint)
 
     def describe(self) -> str:
         """The UCX version and the transports it may use in this process."""
@@ -173,6 +179,23 @@ class UcxTransport:
             log.debug("ucx: %s", error)
         UcxTransport._open = None
 
+    def _take_unclaimed(self, address: str) -> asyncio.Task[Any] | None:
+        for opening, its_address in self._unclaimed.items():
+            if its_address == address:
+                del self._unclaimed[opening]
+                return opening
+        return None
+
+    def _leave(self, address: str, opening: asyncio.Task[Any]) -> None:
+        self._unclaimed[opening] = address
+        opening.add_done_callback(self._drop_unclaimed)
+
+    def _drop_unclaimed(self, opening: asyncio.Task[Any]) -> None:
+        if self._unclaimed.pop(opening, None) is None:
+            return
+        if not opening.cancelled() and opening.exception() is None:
+            opening.result().abort(period=_CLOSE_PERIOD_NS, max_attempts=1)
+
     def _connection(self, endpoint: Any) -> Connection:
         if self._ucxx is None:
             raise PeerLost("ucx: the transport is closed")
@@ -196,6 +219,18 @@ class UcxTransport:
         UcxTransport._open = self
         self._ucxx = ucxx
         return self._ucxx
+
+
+async def _open(ucxx: ModuleType, address: str) -> Any:
+    """A new endpoint. Not to be cancelled."""
+    host, _, port = address.rpartition(":")
+    # ucxx would resolve a name on the event loop.
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM
+    )
+    return await ucxx.create_endpoint(
+        found[0][4][0], int(port), endpoint_error_handling=True, connect_timeout=_NEVER
+    )
 
 
 def _stop_notifier_at_exit(ucxx: ModuleType) -> None:
