@@ -90,7 +90,9 @@ class TransferSection:
     staging_bytes: int = _setting(256 << 20, "Buffers for hand-offs in flight, per process.")
     connect_timeout_s: float = _setting(1.0, "Longest wait for a connection, seconds.")
     progress_timeout_s: float = _setting(5.0, "Longest silence inside a hand-off, seconds.")
-    seal_timeout_s: float = _setting(60.0, "Longest wait from reservation to seal, seconds.")
+    seal_timeout_s: float = _setting(
+        600.0, "Longest wait from reservation to seal, a prompt's queue included, seconds."
+    )
     ucx_tls: str = _setting("", "UCX_TLS; empty leaves the choice to UCX.")
 
 

@@ -138,6 +138,13 @@ def test_refused_by_name(case: int) -> None:
     assert time.perf_counter() - began_s < 0.05
 
 
+def test_what_is_far_too_long_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(codec, "_parse")
+    assert field_of(pb.GenerateRequest(text="x" * 10_000_000)) == "text"
+    many = pb.GenerateRequest(stop=pb.StopConditions(strings=["x"] * 100_000))
+    assert field_of(many) == "stop"
+
+
 BAD_UTF8 = b"ok\xff"
 WIRE = [
     ("request_id", chunk(1, BAD_UTF8)),

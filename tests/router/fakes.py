@@ -141,6 +141,7 @@ class FakeWorker:
     requests: list[Any] = field(default_factory=list)
     num_active: int = 0
     num_cancelled: int = 0
+    num_sent: int = 0
     context: Any = None
     server: RunningServer | None = None
     # Set by a fake prefill when its "push" is done; the fake decode waits for it.

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from router.fakes import KEY, byte_tokenizer
 import stateferry
+from router.fakes import KEY, byte_tokenizer, description, load
+from stateferry.api import worker_codec
 from stateferry.config import Config, ModelSection, load_config
 from stateferry.core.errors import ConfigError, ModelError
+from stateferry.core.ids import Role
 from stateferry.router.main import run_router
 from stateferry.router.model_info import read_model_info
 from stateferry.v1 import inference_pb2 as pb
-from stateferry.v1 import inference_pb2_grpc
+from stateferry.v1 import inference_pb2_grpc, membership_pb2, membership_pb2_grpc
 
 
 @pytest.fixture
@@ -38,6 +42,15 @@ def config(**overrides: object) -> Config:
     return load_config(overrides={**base, **overrides}, environ={})
 
 
+async def reports() -> AsyncIterator[membership_pb2.WorkerReport]:
+    """What a worker sends for as long as it lives."""
+    worker = description(Role.DECODE)
+    yield membership_pb2.WorkerReport(description=worker_codec.description_to_pb(worker))
+    for sequence in itertools.count(1):
+        yield membership_pb2.WorkerReport(load=worker_codec.load_to_pb(load(sequence)))
+        await asyncio.sleep(0.1)
+
+
 async def test_it_serves_until_told_to_stop(model_dir: Path) -> None:
     addresses: dict[str, str] = {}
     stop = asyncio.Event()
@@ -52,11 +65,13 @@ async def test_it_serves_until_told_to_stop(model_dir: Path) -> None:
         stub = inference_pb2_grpc.InferenceStub(channel)
         [model] = (await stub.ListModels(pb.ListModelsRequest())).models
         assert (model.name, model.grid_tokens, model.vocab_size) == ("tiny", 64, 300)
-    assert addresses["metrics"].startswith("127.0.0.1:")
-    began_s = time.monotonic()
-    stop.set()
-    await asyncio.wait_for(running, 5)
-    assert time.monotonic() - began_s < 2
+        assert addresses["metrics"].startswith("127.0.0.1:")
+        joined = membership_pb2_grpc.MembershipStub(channel).Join(reports())
+        await joined.read()
+        began_s = time.monotonic()
+        stop.set()
+        await asyncio.wait_for(running, 10)
+        assert time.monotonic() - began_s < 2
 
 
 async def test_a_bad_key_or_model_is_refused_before_serving(model_dir: Path) -> None:

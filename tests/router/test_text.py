@@ -79,6 +79,14 @@ def test_endless_garbage_keeps_the_window_bounded() -> None:
         assert len(detokenizer._window) <= 4 * _WINDOW_MAX_TOKENS
 
 
+def test_a_character_waits_for_its_end_behind_special_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    party = list("🎉".encode())
+    for num_special in range(1, 60):
+        ids = [97] * 30 + party[:2] + [EOS] * num_special + party[2:]
+        assert "".join(stream(tokenizer, ids, [])) == tokenizer.decode(ids) == "a" * 30 + "🎉"
+
+
 @pytest.mark.parametrize("num_prompt", [0, 1, 3, 30])
 def test_a_leading_space_is_kept_after_a_prompt(num_prompt: int) -> None:
     tokenizer = metaspace_tokenizer()
@@ -108,7 +116,7 @@ def test_a_step_costs_microseconds_however_long_the_text() -> None:
 
 async def test_a_long_prompt_does_not_hold_up_the_loop() -> None:
     tokenizer = byte_tokenizer()
-    text = "words and words " * 30_000
+    text = "words and words " * 80_000
     encoding = asyncio.create_task(tokenizer.encode(text))
     longest_s, turns, last_s = 0.0, 0, time.perf_counter()
     while not encoding.done():
@@ -117,7 +125,8 @@ async def test_a_long_prompt_does_not_hold_up_the_loop() -> None:
         longest_s, last_s, turns = max(longest_s, now_s - last_s), now_s, turns + 1
     assert len(encoding.result()) == len(text)
     assert turns > 3
-    assert longest_s < 0.2
+    # The whole takes most of a second; in one piece if the interpreter lock were held.
+    assert longest_s < 0.4
     tokenizer.close()
 
 

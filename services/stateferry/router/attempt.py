@@ -22,6 +22,7 @@ import grpc
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import error_from_rpc
 from stateferry.core.errors import InvalidRequest, InvariantViolation, StateferryError, WorkerLost
+from stateferry.core.ids import WorkerKey
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
 from stateferry.router.admission import Seats
@@ -93,16 +94,15 @@ class Attempt:
             prefill, *decode = [stack.enter_context(self._channels.use(w)) for w in workers]
             try:
                 async with asyncio.TaskGroup() as group:
-                    lost = group.create_task(self._losses.watch([w.key for w in workers]))
-                    guards.append(lost)
+                    losses = [group.create_task(self._watch_loss(w.key)) for w in workers]
                     if decode:
                         reason = await self._run_both(group, guards, prefill, decode[0])
                     else:
                         reason = await self._run_prefill_only(group, guards, prefill)
                     self._is_over = True
-                    await self._settle([g for g in guards if g is not lost])
-                    for guard in guards:
-                        guard.cancel()
+                    await self._settle(guards)
+                    for task in (*guards, *losses):
+                        task.cancel()
             except BaseExceptionGroup as errors:
                 raise _root_cause(errors) from None
             return reason
@@ -148,7 +148,7 @@ class Attempt:
         stub = worker_pb2_grpc.PrefillStub(channel)
         call = stub.Run(codec.prefill_request_to_pb(order.ticket, order.request))
         self._calls.append(call)
-        who = f"prefill worker {order.seats.placement.prefill.key}"
+        who = f"prefill worker {self._prefill_key}"
         try:
             while (event := await self._from_worker(call.read(), who)) is not grpc.aio.EOF:
                 self._take_prefill_event(event)
@@ -225,6 +225,14 @@ class Attempt:
             failure = grpc.aio.AioRpcError(code, nothing, nothing, await call.details())
             raise error_from_rpc(failure, self._decode_name)
 
+    async def _watch_loss(self, key: WorkerKey) -> None:
+        """Raises WorkerLost when a worker that is still needed goes away."""
+        try:
+            await self._losses.watch([key])
+        except WorkerLost:
+            if not self._is_over and not (self._is_handed_off and key == self._prefill_key):
+                raise
+
     async def _from_worker(self, answer: Awaitable[T], who: str) -> T:
         try:
             return await answer
@@ -245,6 +253,10 @@ class Attempt:
         if self._order.seats.decode is None:
             return True
         return self._is_handed_off or self._first.result().HasField("finish")
+
+    @property
+    def _prefill_key(self) -> WorkerKey:
+        return self._order.seats.placement.prefill.key
 
     @property
     def _decode_name(self) -> str:

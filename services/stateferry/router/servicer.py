@@ -164,11 +164,10 @@ class ResponseWriter:
     async def write(self, payload: bytes) -> None:
         """Returns when gRPC has taken the response. Raises Overloaded when it does not in time."""
         self._last = asyncio.ensure_future(self._context.write(payload))
-        try:
-            async with asyncio.timeout(CLIENT_STALL_S):
-                await asyncio.shield(self._last)
-        except TimeoutError:
-            raise Overloaded("the client does not read its stream") from None
+        await asyncio.wait((self._last,), timeout=CLIENT_STALL_S)
+        if not self._last.done():
+            raise Overloaded("the client does not read its stream")
+        self._last.result()
 
     def abandon(self) -> None:
         """The call is over: nobody waits for the last write any more."""
