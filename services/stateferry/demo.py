@@ -24,7 +24,8 @@ from stateferry.client import Client, Completion, Delta, GenerateOptions, descri
 from stateferry.config import Config
 from stateferry.core.errors import ConfigError
 from stateferry.local.cluster import LocalCluster
-from stateferry.local.tables import address_table, worker_table
+from stateferry.local.tables import address_table, load_table
+from stateferry.local.terminal import printable
 from stateferry.local.view import ClusterView
 
 PROMPTS = (
@@ -62,13 +63,13 @@ def run_demo(config: Config, prompts_file: Path | None) -> int:
     try:
         with cluster:
             view.started()
-            outcomes = asyncio.run(_talk(console, cluster, prompts))
+            outcomes = asyncio.run(_talk(console, cluster, prompts, config))
             console.print(address_table(cluster.addresses, cluster.pids))
     finally:
         view.started()
     problems = [*find_problems(outcomes), *map(str, cluster.deaths)]
     for problem in problems:
-        console.print(Text(f"FAILED: {problem}", style="bold red"))
+        console.print(Text(f"FAILED: {problem}", style="bold red"), soft_wrap=True)
     # Not through the console, which would wrap it.
     print("RESULT", json.dumps(result(outcomes)), flush=True)
     return 1 if problems else 0
@@ -118,14 +119,18 @@ def result(outcomes: Sequence[Outcome]) -> dict[str, object]:
     }
 
 
-async def _talk(console: Console, cluster: LocalCluster, prompts: Sequence[str]) -> list[Outcome]:
+async def _talk(
+    console: Console, cluster: LocalCluster, prompts: Sequence[str], config: Config
+) -> list[Outcome]:
     outcomes = []
     async with Client(cluster.router_address) as client:
         for number, prompt in enumerate(prompts, start=1):
             console.rule(f"prompt {number} of {len(prompts)}", align="left")
             outcomes.append(await _one_prompt(console, client, cluster.router_address, prompt))
         console.rule("processes", align="left")
-        console.print(worker_table(await client.list_workers()))
+        # One more heartbeat of each, or they would still report the last request.
+        await asyncio.sleep(1.5 * config.router.heartbeat_interval_s)
+        console.print(load_table(await client.list_workers()))
     return outcomes
 
 
@@ -140,7 +145,7 @@ async def _one_prompt(console: Console, client: Client, address: str, prompt: st
                 if isinstance(event, Delta):
                     ttft_s = ttft_s or time.monotonic() - began_s
                     # Not console.print, which would start a new paragraph for each wrapped piece.
-                    print(event.text, end="", flush=True)
+                    print(printable(event.text), end="", flush=True)
                 else:
                     completion = event
     except grpc.aio.AioRpcError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from stateferry.cache.slots import SlotPool
 from stateferry.core.errors import InvariantViolation
 

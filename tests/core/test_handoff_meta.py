@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from stateferry.core.errors import FrameError
 from stateferry.core.handoff import HandoffMeta
 

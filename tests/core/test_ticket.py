@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from stateferry.core.errors import ConfigError, TicketError
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.ticket import CLOCK_SKEW_S, Ticket, TicketDesk, TicketSigner

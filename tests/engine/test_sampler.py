@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from stateferry.core.sampling import SamplingParams
 from stateferry.engine.forward_batch import SampleSpec
 from stateferry.engine.sampler import sample, uniform
@@ -75,7 +76,7 @@ def test_uniform_is_fixed_for_ever() -> None:
     assert uniform(0, 0) == 0.0564663990004608
     assert uniform(2**64 - 1, 12345) == 0.9877791309092729
     values = [uniform(7, i) for i in range(10_000)]
-    assert 0.0 <= min(values) and max(values) < 1.0
+    assert min(values) >= 0.0 and max(values) < 1.0
     assert abs(sum(values) / len(values) - 0.5) < 0.02
 
 

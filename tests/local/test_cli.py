@@ -18,7 +18,7 @@ from stateferry.cli.app import run
         (["fly"], 2, "fly"),
         (["serve", "--prefill", "0"], 2, "--prefill"),
         (["serve", "--no-such-flag"], 2, "--no-such-flag"),
-        (["generate"], 2, "PROMPT"),
+        (["generate"], 2, "prompt"),
         (["generate", "x", "--max-tokens", "many"], 2, "--max-tokens"),
         (["generate", "x", "--max-tokens", "99999999999", "--router", "127.0.0.1:1"], 1, "request"),
         (["generate", "x", "--router", "127.0.0.1:1"], 1, "no router answers at 127.0.0.1:1"),
@@ -28,8 +28,6 @@ from stateferry.cli.app import run
         (["config", "--set", "router.port=x"], 1, "router.port"),
         (["config", "--set", "router.port"], 1, "--set"),
         (["config", "--config", "/nowhere.toml"], 1, "/nowhere.toml"),
-        (["router", "--set", "model.dir=/nowhere"], 1, "model.dir"),
-        (["prefill"], 1, "cluster.routers"),
         (["demo", "--prompts-file", "/nowhere.txt"], 1, "--prompts-file"),
     ],
 )
@@ -41,6 +39,22 @@ def test_a_mistake_gets_one_line(
     lines = errors.splitlines()
     assert output == "" and len(lines) == 1
     assert lines[0].startswith("stateferry: ") and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["router", "--set", "model.dir=/nowhere"], "model.dir"),
+        (["prefill"], "cluster.routers"),
+        (["decode", "--set", "log.level=loud"], "log.level"),
+    ],
+)
+def test_a_process_that_cannot_run_says_why(arguments: list[str], words: str) -> None:
+    command = [sys.executable, "-P", "-m", "stateferry", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("stateferry: ") and words in line
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:

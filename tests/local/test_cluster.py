@@ -46,6 +46,8 @@ def test_start_and_stop(new_cluster: NewCluster) -> None:
         assert cluster.router_address == f"127.0.0.1:{pids['router']}"
         assert all(is_alive(pid) for pid in pids.values())
         assert cluster.num_running == 4
+        # Ctrl-C on a terminal reaches a whole process group: ours must not include them.
+        assert all(os.getpgid(pid) != os.getpgid(0) for pid in pids.values())
     for pid in pids.values():
         # Reaped, not only dead: no zombie is left.
         with pytest.raises(ProcessLookupError):
@@ -105,7 +107,7 @@ def test_a_death_is_reported_and_the_rest_goes_on(new_cluster: NewCluster) -> No
         began_s = time.monotonic()
         cluster.kill("decode-0")
         assert cluster.wait_dead("decode-0", 5.0)
-        assert time.monotonic() - began_s < 1.0
+        assert time.monotonic() - began_s < 2.0
         assert cluster.num_running == 3
     (death,) = deaths
     assert cluster.deaths == (death,)
@@ -132,9 +134,9 @@ def test_a_child_that_cannot_start_is_named_with_its_last_lines(new_cluster: New
 
 
 def test_a_child_that_is_never_ready_is_named(new_cluster: NewCluster) -> None:
-    cluster = new_cluster(decode="silent")
-    with pytest.raises(Unavailable, match="decode-0, decode-1 was not ready in time"):
-        cluster.start(timeout_s=1.0)
+    cluster = new_cluster(router="silent")
+    with pytest.raises(Unavailable, match="router was not ready in time"):
+        cluster.start(timeout_s=0.3)
     assert cluster.num_running == 0
 
 
@@ -144,7 +146,7 @@ def test_a_stubborn_child_is_killed_after_the_grace(new_cluster: NewCluster) -> 
     pids = list(cluster.pids.values())
     began_s = time.monotonic()
     cluster.stop(grace_s=0.5)
-    assert 0.4 < time.monotonic() - began_s < 3.0
+    assert 0.4 < time.monotonic() - began_s < 8.0
     assert not any(is_alive(pid) for pid in pids)
     assert cluster.deaths == ()
 

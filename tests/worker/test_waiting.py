@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+
 from stateferry.worker.waiting import Wakeup, run_to_end
 
 

@@ -18,7 +18,8 @@ from rich.table import Table
 from stateferry.cli.options import ConfigFile, RouterAddress, Settings, router_address
 from stateferry.client import Client, Completion, Delta, GenerateOptions, describe_error
 from stateferry.core.errors import InvalidRequest, StateferryError, Unavailable
-from stateferry.local.tables import worker_table
+from stateferry.local.tables import load_table, worker_address_table
+from stateferry.local.terminal import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 _PLAIN_TIMEOUT_S = 10.0
@@ -76,6 +77,8 @@ def models(
 
 async def _generate(address: str, prompt: str, options: GenerateOptions, as_json: bool) -> None:
     texts = []
+    # A file or a pipe gets the text as it is.
+    shown = printable if sys.stdout.isatty() else str
     async with (
         Client(address) as client,
         contextlib.aclosing(client.generate(prompt, options)) as events,
@@ -84,7 +87,7 @@ async def _generate(address: str, prompt: str, options: GenerateOptions, as_json
             if isinstance(event, Delta):
                 texts.append(event.text)
                 if not as_json:
-                    print(event.text, end="", flush=True)
+                    print(shown(event.text), end="", flush=True)
             elif as_json:
                 print(json.dumps({"text": "".join(texts), **dataclasses.asdict(event)}))
             else:
@@ -117,7 +120,7 @@ async def _status(address: str, as_json: bool) -> None:
         rows = [MessageToDict(worker, preserving_proto_field_name=True) for worker in workers]
         print(json.dumps(rows))
     else:
-        Console().print(worker_table(workers))
+        Console().print(load_table(workers), worker_address_table(workers))
 
 
 async def _models(address: str) -> None:

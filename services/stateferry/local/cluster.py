@@ -62,7 +62,7 @@ def _ignore_death(death: Death) -> None:
 class LocalCluster:
     """One router and some workers. Nothing is restarted: a death is reported, the rest goes on.
 
-    ``on_line(name, line)`` gets every line a child writes, ``on_death`` every end that nobody
+    ``on_line(name, line)`` gets every line a child writes, ``on_death`` every later end that nobody
     asked for, ``on_status(name, text)`` what each child does while it starts; all three are called
     from other threads. ``command`` and ``roster`` are there for tests.
     """
@@ -94,6 +94,7 @@ class LocalCluster:
         self._addresses: dict[str, dict[str, str]] = {}
         self._deaths: list[Death] = []
         self._stopping = threading.Event()
+        self._started = threading.Event()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -114,6 +115,12 @@ class LocalCluster:
     def deaths(self) -> tuple[Death, ...]:
         """Ends that nobody asked for (``kill`` counts as nobody), oldest first."""
         return tuple(self._deaths)
+
+    @property
+    def ready_directory(self) -> Path:
+        """Where children write their addresses, while the cluster runs."""
+        assert self._directory is not None
+        return Path(self._directory.name)
 
     @property
     def num_running(self) -> int:
@@ -226,6 +233,7 @@ class LocalCluster:
         while missing := self._workers.keys() - self._roster(self.router_address):
             self._check_alive(missing, deadline_s, "did not join the router")
             time.sleep(_POLL_S)
+        self._started.set()
         for name in self._workers:
             self._on_status(name, "joined")
 
@@ -252,10 +260,11 @@ class LocalCluster:
             raise Unavailable(f"{', '.join(sorted(waiting))} {problem} in time")
 
     def _ready_file(self, name: str) -> Path:
-        assert self._directory is not None
-        return Path(self._directory.name) / f"{name}.json"
+        return self.ready_directory / f"{name}.json"
 
     def _report_death(self, death: Death) -> None:
         if not self._stopping.is_set():
             self._deaths.append(death)
-            self._on_death(death)
+            # One that happens during the start is part of the error that ``start`` raises.
+            if self._started.is_set():
+                self._on_death(death)

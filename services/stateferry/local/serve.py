@@ -47,8 +47,11 @@ def serve(config: Config, prefill: int, decode: int, *, show_logs: bool = True) 
         while cluster.num_running and not stopping.wait(_POLL_S):
             pass
         console.print("stopping" if stopping.is_set() else "no process is left")
-    except Unavailable:
+    except Unavailable as error:
         if not stopping.is_set():
+            if show_logs:
+                # The lines that follow in the error are on the screen already.
+                raise Unavailable(str(error).partition("\n")[0]) from error
             raise
         console.print("stopped while starting")
     finally:

@@ -1,30 +1,28 @@
-"""Tables of processes, for terminals."""
+"""Tables of processes, narrow enough for a terminal of 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich import box
 from rich.table import Table
 
 from stateferry.v1 import membership_pb2
 
-_COLUMNS = ("grpc", "transfer", "metrics")
+_ADDRESSES = ("grpc", "transfer", "metrics")
 
 
 def address_table(addresses: Mapping[str, Mapping[str, str]], pids: Mapping[str, int]) -> Table:
-    """Where each process listens."""
-    table = Table("process", "pid", *_COLUMNS)
+    """Where the processes of a local cluster listen."""
+    table = _table("process", "pid", *_ADDRESSES)
     for name, parts in addresses.items():
-        table.add_row(name, str(pids[name]), *(parts.get(column, "") for column in _COLUMNS))
+        table.add_row(name, str(pids[name]), *(parts.get(a) or "-" for a in _ADDRESSES))
     return table
 
 
-def worker_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
-    """One row per worker."""
-    table = Table(
-        "worker", "role", "model", "active", "queued", "slots used", "pages used", "kernels",
-        "silent", "grpc", "transfer", "metrics",
-    )  # fmt: skip
+def load_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
+    """How busy workers are: requests of capacity, slots and pages in use of all there are."""
+    table = _table("worker", "role", "model", "active", "queued", "slots", "pages", "kernels")
     for worker in workers:
         what, load = worker.description, worker.load
         role = membership_pb2.WorkerRole.Name(what.role).removeprefix("WORKER_ROLE_").lower()
@@ -37,9 +35,27 @@ def worker_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
             f"{load.state_slots_total - load.state_slots_free}/{load.state_slots_total}",
             f"{load.tail_pages_total - load.tail_pages_free}/{load.tail_pages_total}",
             what.kernels,
-            f"{worker.silence_s:.1f} s",
+        )
+    return table
+
+
+def worker_address_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
+    """Where workers listen, and how long ago the router heard of them."""
+    table = _table("worker", *_ADDRESSES, "heard of")
+    for worker in workers:
+        what = worker.description
+        table.add_row(
+            what.worker_id,
             what.grpc_address,
             what.transfer_address or "-",
             what.metrics_address,
+            f"{worker.silence_s:.1f} s ago",
         )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
     return table

@@ -10,6 +10,7 @@ from rich.status import Status
 from rich.text import Text
 
 from stateferry.local.child import Death
+from stateferry.local.terminal import printable
 
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
 # "time level who source: message", as telemetry/logs.py writes it.
@@ -66,5 +67,7 @@ class ClusterView:
         # Stable over runs, unlike hash().
         colour = _COLOURS[sum(name.encode()) % len(_COLOURS)]
         self._console.print(
-            Text.assemble((f"{name:<10}", colour), " | ", text), soft_wrap=True, highlight=False
+            Text.assemble((f"{name:<10}", colour), " | ", printable(text)),
+            soft_wrap=True,
+            highlight=False,
         )

@@ -1,0 +1,82 @@
+# The same verbs for people and for CI. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# -P keeps the repository root off the import path: its `proto` and `kernels` are not packages.
+RUN := $(BIN)/python -P
+RUNTIME := $(VENV)/.stateferry-runtime
+DEV := $(VENV)/.stateferry-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt
+PROTOS := $(sort $(wildcard proto/stateferry/v1/*.proto))
+ARGS ?=
+
+MAKEFLAGS += --no-print-directory
+# Idle OpenMP threads must sleep: with busy waits, two processes on two cores starve each other.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo serve test test-slow check format proto docs bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(RUNTIME) ## Install what serving needs into .venv
+
+setup-dev: $(DEV) ## Install what checks and tests need as well
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "stateferry needs Python 3.11 or newer; try: make PYTHON=python3.12 setup"; exit 1; }
+	@echo "setup: creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "python3 -m venv failed; Debian has it in python3-venv"; exit 1; }
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setup: installing torch, the largest download"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@echo "setup: installing stateferry and the rest of what it needs"
+	@$(PIP) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt $(RUNTIME)
+	@echo "setup: installing tools for checks and tests"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(RUNTIME) ## Three prompts through router, prefill and decode processes
+	@$(RUN) -m stateferry demo $(ARGS)
+
+serve: $(RUNTIME) ## A cluster on this machine, until Ctrl-C; ARGS="--decode 2"
+	@$(RUN) -m stateferry serve $(ARGS)
+
+test: $(DEV) ## All tests but the slow ones and those that need a GPU
+	@$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(DEV) ## The slow tests
+	@$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+
+check: $(DEV) ## Format, lint, types, layout, contracts, generated files
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(RUN) -m pytest -q tests/house
+
+format: $(DEV) ## Format and fix what can be fixed
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+proto: $(DEV) ## Generate services/stateferry/v1 from proto/
+	@$(RUN) -m grpc_tools.protoc -Iproto --python_out=services --pyi_out=services \
+	  --grpc_python_out=services $(PROTOS)
+
+docs: $(DEV) ## Generate docs/CONFIG.md
+	@mkdir -p docs
+	@$(RUN) -m stateferry.config_docs > docs/CONFIG.md
+
+bench: ## List the benchmarks
+	@grep -hE '^bench-[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20; \
+	  grep -qE '^bench-[a-z-]+:' $(MAKEFILE_LIST) || echo "no benchmark yet; each is a target bench-NAME"
+
+clean: ## Remove caches and build output; .venv stays
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis services/*.egg-info
+	@find services kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
