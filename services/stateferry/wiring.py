@@ -18,6 +18,7 @@ import uvloop
 import stateferry
 from stateferry.bundled import bundled_model_dir
 from stateferry.config import Config, ModelSection
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import ConfigError
 from stateferry.core.ids import Role
 from stateferry.telemetry.exporter import start_exporter
@@ -84,6 +85,7 @@ def _worker(role: Role, config: Config) -> ProcessMain:
     from stateferry.worker.parts import build_engine
 
     routers = router_addresses(config)
+    cluster_key = ClusterKey(config.cluster.key.encode())
     model_dir = model_directory(config.model)
 
     async def main(announce: Announce, stop: asyncio.Event) -> None:
@@ -105,6 +107,7 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             metrics=WorkerMetrics(registry),
             metrics_address=exporter.address,
             routers=routers,
+            cluster_key=cluster_key,
             max_requests=config.worker.max_requests,
         )
         try:

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import ConfigError, TicketError
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.ticket import CLOCK_SKEW_S, Ticket, TicketDesk, TicketSigner
 
 PREFILL = WorkerKey("prefill-0", 7)
 DECODE = WorkerKey("decode-0", 9)
-KEY = b"0123456789abcdef"
+KEY = ClusterKey(b"0123456789abcdef")
 
 
 class FakeClock:
@@ -70,12 +71,12 @@ def test_garbage_is_refused(blob: bytes) -> None:
 
 def test_another_key_is_refused() -> None:
     with pytest.raises(TicketError, match="signature"):
-        TicketSigner(b"another key of 16").open(TicketSigner(KEY).sign(ticket()))
+        TicketSigner(ClusterKey(b"another key of 16")).open(TicketSigner(KEY).sign(ticket()))
 
 
 def test_short_key_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.key"):
-        TicketSigner(b"short")
+        ClusterKey(b"short")
 
 
 def test_admitted_once() -> None:

@@ -15,6 +15,7 @@ from tokenizers import decoders, pre_tokenizers
 from stateferry.api.server import RunningServer, open_channel, start_server
 from stateferry.config import load_config
 from stateferry.core.clock import SystemClock
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.ticket import Ticket, TicketSigner
@@ -27,6 +28,7 @@ from stateferry.v1 import inference_pb2 as pb
 from stateferry.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 KEY = "0123456789abcdef"
+CLUSTER_KEY = ClusterKey(KEY.encode())
 EOS = 256
 VOCAB_SIZE = 300
 MODEL = ModelInfo("tiny", VOCAB_SIZE, 4096, 32, frozenset({EOS}))
@@ -148,7 +150,7 @@ class FakeWorker:
     sealed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        ticket = TicketSigner(KEY.encode()).open(request.ticket)
+        ticket = TicketSigner(CLUSTER_KEY).open(request.ticket)
         self.tickets.append(ticket)
         self.requests.append(request)
         self.context = context

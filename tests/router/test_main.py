@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stateferry
-from router.fakes import KEY, byte_tokenizer, description, load
+from router.fakes import CLUSTER_KEY, KEY, byte_tokenizer, description, load
 from stateferry.api import worker_codec
 from stateferry.config import Config, ModelSection, load_config
 from stateferry.core.errors import ConfigError, ModelError
@@ -45,7 +45,7 @@ def config(**overrides: object) -> Config:
 async def reports() -> AsyncIterator[membership_pb2.WorkerReport]:
     """What a worker sends for as long as it lives."""
     worker = description(Role.DECODE)
-    yield membership_pb2.WorkerReport(description=worker_codec.description_to_pb(worker))
+    yield worker_codec.join_report(worker, CLUSTER_KEY)
     for sequence in itertools.count(1):
         yield membership_pb2.WorkerReport(load=worker_codec.load_to_pb(load(sequence)))
         await asyncio.sleep(0.1)

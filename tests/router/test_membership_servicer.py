@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
-from router.fakes import FINGERPRINT, FakeCluster, description, fake_cluster, load
+from router.fakes import CLUSTER_KEY, FINGERPRINT, FakeCluster, description, fake_cluster, load
 from stateferry.api import worker_codec
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.ids import Role
 from stateferry.core.worker import WorkerDescription
 from stateferry.v1 import membership_pb2, membership_pb2_grpc
@@ -24,8 +25,10 @@ async def nothing(*_: Any) -> AsyncIterator[Any]:
     yield
 
 
-def hello(worker: WorkerDescription = DECODE) -> membership_pb2.WorkerReport:
-    return membership_pb2.WorkerReport(description=worker_codec.description_to_pb(worker))
+def hello(
+    worker: WorkerDescription = DECODE, key: ClusterKey = CLUSTER_KEY
+) -> membership_pb2.WorkerReport:
+    return worker_codec.join_report(worker, key)
 
 
 def beat(sequence: int, active: int = 0) -> membership_pb2.WorkerReport:
@@ -45,6 +48,22 @@ async def failure(call: Any) -> grpc.aio.AioRpcError:
         while await call.read() is not grpc.aio.EOF:
             pass
     return caught.value
+
+
+async def test_only_holders_of_the_cluster_key_join() -> None:
+    async with fake_cluster(nothing, nothing, join=False) as cluster:
+        forged = hello(key=ClusterKey(b"another key, 16 bytes or more"))
+        tampered = hello()
+        tampered.description.description += b"\x52\x05other"
+        unsigned = hello()
+        unsigned.description.mac = b""
+        for report in (forged, tampered, unsigned):
+            call = stub_of(cluster).Join()
+            await call.write(report)
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            assert "cluster.key" in (error.details() or "")
+        assert not is_live(cluster)
 
 
 async def test_join_report_list_leave() -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stateferry.core.errors import InvalidRequest
+from google.protobuf.message import DecodeError
+
+from stateferry.core.cluster_key import ClusterKey
+from stateferry.core.errors import InvalidRequest, TicketError
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.request import GenerationRequest
@@ -22,6 +25,7 @@ from stateferry.core.sampling import (
 from stateferry.core.worker import PoolCount, WorkerDescription, WorkerLoad
 from stateferry.v1 import membership_pb2, worker_pb2
 
+_JOIN = b"join"
 _ROLES = {
     Role.PREFILL: membership_pb2.WORKER_ROLE_PREFILL,
     Role.DECODE: membership_pb2.WORKER_ROLE_DECODE,
@@ -174,6 +178,26 @@ def description_from_pb(message: membership_pb2.WorkerDescription) -> WorkerDesc
         vocab_size=message.vocab_size,
         kernels=message.kernels,
     )
+
+
+def join_report(worker: WorkerDescription, key: ClusterKey) -> membership_pb2.WorkerReport:
+    """The first report of a Join stream."""
+    body = description_to_pb(worker).SerializeToString()
+    signed = membership_pb2.SignedDescription(description=body, mac=key.mac(_JOIN, body))
+    return membership_pb2.WorkerReport(description=signed)
+
+
+def description_from_join(
+    signed: membership_pb2.SignedDescription, key: ClusterKey
+) -> WorkerDescription:
+    """Raises TicketError when the sender does not hold the cluster key, InvalidRequest as above."""
+    if not key.is_mac(signed.mac, _JOIN, signed.description):
+        raise TicketError("the worker's cluster.key is not this router's")
+    try:
+        message = membership_pb2.WorkerDescription.FromString(signed.description)
+    except DecodeError as error:
+        raise InvalidRequest("description", "is no WorkerDescription") from error
+    return description_from_pb(message)
 
 
 def load_to_pb(load: WorkerLoad) -> membership_pb2.WorkerLoad:

@@ -7,20 +7,18 @@ body. Workers take peers and sizes from tickets only, never from clients.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import hmac
 import json
 import secrets
 from dataclasses import dataclass, field
 
 from stateferry.core.clock import Clock
-from stateferry.core.errors import ConfigError, TicketError
+from stateferry.core.cluster_key import MAC_BYTES, ClusterKey
+from stateferry.core.errors import TicketError
 from stateferry.core.ids import Role, WorkerKey
 
 _VERSION = b"\x01"
-_MAC_BYTES = 32
+_PURPOSE = b"ticket" + _VERSION
 _TICKET_MAX_BYTES = 4096
-KEY_MIN_BYTES = 16
 CLOCK_SKEW_S = 60.0
 
 
@@ -45,31 +43,26 @@ class Ticket:
 
 
 class TicketSigner:
-    """Signs and opens tickets with the cluster key (at least 16 bytes)."""
+    """Signs and opens tickets."""
 
-    def __init__(self, key: bytes) -> None:
-        if len(key) < KEY_MIN_BYTES:
-            raise ConfigError("cluster.key", f"needs at least {KEY_MIN_BYTES} bytes")
+    def __init__(self, key: ClusterKey) -> None:
         self._key = key
 
     def sign(self, ticket: Ticket) -> bytes:
         body = json.dumps(dataclasses.asdict(ticket), separators=(",", ":")).encode()
-        return _VERSION + self._mac(body) + body
+        return _VERSION + self._key.mac(_PURPOSE, body) + body
 
     def open(self, blob: bytes) -> Ticket:
         """The ticket in ``blob``, its signature checked. Raises TicketError."""
-        if not 1 + _MAC_BYTES < len(blob) <= _TICKET_MAX_BYTES or blob[:1] != _VERSION:
+        if not 1 + MAC_BYTES < len(blob) <= _TICKET_MAX_BYTES or blob[:1] != _VERSION:
             raise TicketError("not a ticket of this version")
-        mac, body = blob[1 : 1 + _MAC_BYTES], blob[1 + _MAC_BYTES :]
-        if not hmac.compare_digest(mac, self._mac(body)):
+        mac, body = blob[1 : 1 + MAC_BYTES], blob[1 + MAC_BYTES :]
+        if not self._key.is_mac(mac, _PURPOSE, body):
             raise TicketError("the ticket's signature is wrong")
         fields = json.loads(body)
         fields["prefill"] = WorkerKey(**fields["prefill"])
         fields["decode"] = WorkerKey(**fields["decode"]) if fields["decode"] else None
         return Ticket(**fields)
-
-    def _mac(self, body: bytes) -> bytes:
-        return hmac.digest(self._key, _VERSION + body, hashlib.sha256)
 
 
 class TicketDesk:

@@ -34,7 +34,7 @@ async def run_decode(
     receiver = HandoffReceiver(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )
-    desk = TicketDesk(TicketSigner(config.cluster.key.encode()), Role.DECODE, host.key, clock)
+    desk = TicketDesk(TicketSigner(host.cluster_key), Role.DECODE, host.key, clock)
     servicer = DecodeServicer(desk, loop, parts, receiver, observer, config.transfer.seal_timeout_s)
 
     def register(server: grpc.aio.Server) -> Sequence[str]:

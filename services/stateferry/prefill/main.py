@@ -39,7 +39,7 @@ async def run_prefill(
     sender = HandoffSender(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )
-    desk = TicketDesk(TicketSigner(config.cluster.key.encode()), Role.PREFILL, host.key, clock)
+    desk = TicketDesk(TicketSigner(host.cluster_key), Role.PREFILL, host.key, clock)
     servicer = PrefillServicer(desk, loop, parts, sender, observer)
 
     def register(server: grpc.aio.Server) -> Sequence[str]:

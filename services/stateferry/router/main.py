@@ -15,6 +15,7 @@ from stateferry.api.inference_codec import RequestLimits
 from stateferry.api.server import open_channel, service_name, start_server
 from stateferry.config import Config
 from stateferry.core.clock import Clock, SystemClock
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.ticket import TicketSigner
 from stateferry.router.admission import Admission, AdmissionLimits
 from stateferry.router.channels import WorkerChannels
@@ -70,16 +71,15 @@ def build_router(
     watch = WorkerWatch(registry, channels, losses, observer)
     limits = AdmissionLimits(section.max_requests, section.max_queue_s)
     admission = Admission(limits, registry, clock, observer)
-    office = TicketOffice(
-        TicketSigner(config.cluster.key.encode()), section.ticket_lifetime_s, clock
-    )
+    key = ClusterKey(config.cluster.key.encode())
+    office = TicketOffice(TicketSigner(key), section.ticket_lifetime_s, clock)
     generation = Generation(
         Workers(admission, channels, losses), office, tokenizer, model.vocab_size, clock, observer
     )
     door = Door(model, _request_limits(config, model), tokenizer, admission)
     return Router(
         inference=InferenceServicer(door, generation, registry, clock, observer),
-        membership=MembershipServicer(registry, model, section.heartbeat_interval_s),
+        membership=MembershipServicer(registry, model, key, section.heartbeat_interval_s),
         registry=registry,
         admission=admission,
         channels=channels,

@@ -17,6 +17,7 @@ import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import streams_errors
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import HandshakeMismatch, InvalidRequest
 from stateferry.core.ids import Role
 from stateferry.core.worker import WorkerDescription
@@ -35,10 +36,15 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
     """One Join stream is one registration; its end, however it comes, is the worker's leaving."""
 
     def __init__(
-        self, registry: WorkerRegistry, model: ModelInfo, heartbeat_interval_s: float
+        self,
+        registry: WorkerRegistry,
+        model: ModelInfo,
+        key: ClusterKey,
+        heartbeat_interval_s: float,
     ) -> None:
         self._registry = registry
         self._model = model
+        self._key = key
         self._heartbeat_interval_s = heartbeat_interval_s
         self._is_closing = False
 
@@ -61,7 +67,8 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
                 if registration is None:
                     if kind != "description":
                         raise InvalidRequest("description", "must come first")
-                    registration = self._join(codec.description_from_pb(report.description))
+                    worker = codec.description_from_join(report.description, self._key)
+                    registration = self._join(worker)
                     yield membership_pb2.JoinReply(heartbeat_interval_s=self._heartbeat_interval_s)
                 elif kind == "load":
                     self._registry.report(registration, codec.load_from_pb(report.load))

@@ -20,9 +20,17 @@ class WorkerReport(_message.Message):
     __slots__ = ("description", "load")
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
-    description: WorkerDescription
+    description: SignedDescription
     load: WorkerLoad
-    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    def __init__(self, description: _Optional[_Union[SignedDescription, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+
+class SignedDescription(_message.Message):
+    __slots__ = ("description", "mac")
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    description: bytes
+    mac: bytes
+    def __init__(self, description: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ("heartbeat_interval_s",)

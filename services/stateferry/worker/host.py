@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from stateferry.core.clock import Clock
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.ids import Role, WorkerKey, new_incarnation
 from stateferry.core.worker import WorkerDescription, WorkerLoad
 from stateferry.telemetry.metrics import WorkerMetrics
@@ -38,11 +39,13 @@ class WorkerHost:
         metrics: WorkerMetrics,
         metrics_address: str,
         routers: Sequence[str],
+        cluster_key: ClusterKey,
         max_requests: int,
     ) -> None:
         self.key = WorkerKey(worker_id, new_incarnation())
         self.parts = parts
         self.routers = routers
+        self.cluster_key = cluster_key
         # One thread, so that at most one forward pass is in flight.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._metrics = metrics

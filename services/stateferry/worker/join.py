@@ -11,6 +11,7 @@ import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.server import open_channel
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.worker import WorkerDescription, WorkerLoad
 from stateferry.v1 import membership_pb2, membership_pb2_grpc
 
@@ -29,10 +30,12 @@ class RouterLink:
         router_address: str,
         description: WorkerDescription,
         load: Callable[[], WorkerLoad],
+        key: ClusterKey,
     ) -> None:
         self._router_address = router_address
         self._description = description
         self._load = load
+        self._key = key
         self._interval_s = _DEFAULT_INTERVAL_S
 
     async def run(self) -> None:
@@ -61,7 +64,7 @@ class RouterLink:
                 retry_s = min(_LONGEST_RETRY_S, retry_s * 2)
 
     async def _reports(self) -> AsyncIterator[membership_pb2.WorkerReport]:
-        yield membership_pb2.WorkerReport(description=codec.description_to_pb(self._description))
+        yield codec.join_report(self._description, self._key)
         while True:
             yield membership_pb2.WorkerReport(load=codec.load_to_pb(self._load()))
             await asyncio.sleep(self._interval_s)

@@ -36,7 +36,10 @@ async def serve_until_stopped(
     Leaves the routers first, so that nothing new arrives, then lets calls in flight finish. A step
     loop that dies is a bug: it ends the process rather than leave a worker that hangs its callers.
     """
-    links = [asyncio.create_task(RouterLink(a, description, load).run()) for a in host.routers]
+    links = [
+        asyncio.create_task(RouterLink(address, description, load, host.cluster_key).run())
+        for address in host.routers
+    ]
     stepping = asyncio.create_task(loop)
     stopping = asyncio.create_task(stop.wait())
     announce(_addresses(description))
