@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from stateferry_kernels.layer_state import LayerState, SsmLayerParams
+from stateferry_kernels.layer_state import PAD_SLOT, LayerState, SsmLayerParams
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -87,3 +90,52 @@ def check_state(state: LayerState) -> None:
         raise ValueError(f"a grid of {grid} is shorter than the convolution's window of {window}")
     for name in ("ssm_state", "conv_state", "tail_xBC", "tail_x", "tail_B", "tail_dt"):
         check_pool(name, getattr(state, name))
+
+
+def check_extend_plan(plan: ExtendPlan, state: LayerState) -> None:
+    """Raises ValueError unless the plan's grid, slots and pages are those of the pools."""
+    key = _plan_key(plan.grid, state)
+    if key in plan.cache:
+        return
+    slots = [sequence.state_slot for sequence in plan.sequences]
+    slots += [write.state_slot for sequence in plan.sequences for write in sequence.boundaries]
+    _check_range("state_slot", slots, state.ssm_state)
+    _check_range("tail_page", [sequence.tail_page for sequence in plan.sequences], state.tail_dt)
+    plan.cache[key] = True
+
+
+def check_decode_plan(plan: DecodePlan, state: LayerState) -> None:
+    """Raises ValueError unless the plan's grid, slots and pages are those of the pools."""
+    key = _plan_key(plan.grid, state)
+    if key in plan.cache:
+        return
+    _check_range("state_slots", plan.state_slots, state.ssm_state, lowest=PAD_SLOT)
+    pages = zip(plan.state_slots, plan.tail_pages, strict=True)
+    live = [page for slot, page in pages if slot != PAD_SLOT]
+    _check_range("tail_pages", live, state.tail_dt)
+    plan.cache[key] = True
+
+
+def check_commit_plan(plan: CommitPlan, state: LayerState) -> None:
+    """Raises ValueError unless the plan's grid, slots and pages are those of the pools."""
+    key = _plan_key(plan.grid, state)
+    if key in plan.cache:
+        return
+    _check_range("src_slots", plan.src_slots, state.ssm_state)
+    _check_range("dst_slots", plan.dst_slots, state.ssm_state)
+    _check_range("tail_pages", plan.tail_pages, state.tail_dt)
+    plan.cache[key] = True
+
+
+def _plan_key(grid: int, state: LayerState) -> str:
+    """Where a plan notes that it was checked against pools of this size: the layers of a step
+    share them. Raises ValueError when the grids differ."""
+    if grid != state.grid:
+        raise ValueError(f"grid: {grid}, expected the pools' {state.grid}")
+    return f"checked:{state.ssm_state.shape[0]}:{state.tail_dt.shape[0]}"
+
+
+def _check_range(name: str, numbers: Sequence[int], pool: torch.Tensor, lowest: int = 0) -> None:
+    for number in numbers:
+        if not lowest <= number < pool.shape[0]:
+            raise ValueError(f"{name}: {number}, expected {lowest} to {pool.shape[0] - 1}")

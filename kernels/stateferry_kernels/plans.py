@@ -6,6 +6,7 @@ index tensors it wants and may keep them in ``cache`` of the plan for the other 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,12 @@ class ExtendPlan:
     def __post_init__(self) -> None:
         for sequence in self.sequences:
             _check_extend(sequence, self.grid)
+        if not _distinct([sequence.tail_page for sequence in self.sequences]):
+            raise ValueError("two sequences share a tail page")
+        written = [w.state_slot for sequence in self.sequences for w in sequence.boundaries]
+        read = {sequence.state_slot for sequence in self.sequences}
+        if not _distinct(written) or read & set(written):
+            raise ValueError("a boundary needs a fresh slot: the slots written overlap")
 
     @property
     def total_tokens(self) -> int:
@@ -87,6 +94,9 @@ class DecodePlan:
         for slot, row in zip(self.state_slots, self.tail_rows, strict=True):
             if slot < PAD_SLOT or not 0 <= row < self.grid:
                 raise ValueError(f"slot {slot}, tail row {row}: out of range for grid {self.grid}")
+        pages = zip(self.state_slots, self.tail_pages, strict=True)
+        if not _distinct([page for slot, page in pages if slot != PAD_SLOT]):
+            raise ValueError("two rows share a tail page")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +114,12 @@ class CommitPlan:
             raise ValueError("src_slots, dst_slots and tail_pages differ in length")
         if any(slot <= ZERO_SLOT for slot in self.dst_slots):
             raise ValueError("a commit cannot write ZERO_SLOT or PAD_SLOT")
-        if set(self.src_slots) & set(self.dst_slots) or len(set(self.dst_slots)) != len(
-            self.dst_slots
-        ):
+        if set(self.src_slots) & set(self.dst_slots) or not _distinct(self.dst_slots):
             raise ValueError("a commit writes fresh slots: dst_slots overlap")
+
+
+def _distinct(numbers: Sequence[int]) -> bool:
+    return len(set(numbers)) == len(numbers)
 
 
 def _check_extend(sequence: ExtendSequence, grid: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+
 from stateferry_kernels.elementwise import silu, softplus
 
 X = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 6

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from stateferry_kernels.elementwise import silu
-from stateferry_kernels.guards import check_tensor
-from stateferry_kernels.layer_state import PAD_SLOT, ConvParams, LayerState
+from stateferry_kernels.guards import (
+    check_decode_plan,
+    check_extend_plan,
+    check_state,
+    check_tensor,
+)
+from stateferry_kernels.layer_state import ConvParams, LayerState
+from stateferry_kernels.live_rows import LiveRows, live_rows
 from stateferry_kernels.plans import DecodePlan, ExtendPlan, ExtendSequence
 
 
@@ -30,6 +36,7 @@ def causal_conv1d_extend(
     Raises:   TypeError, ValueError on a mismatch.
     """
     _check(xBC, conv, state, out, plan.total_tokens)
+    check_extend_plan(plan, state)
     window = state.conv_state.shape[2]
     pieces = []
     offsets = plan.cu_seqlens
@@ -65,49 +72,45 @@ def causal_conv1d_row(
     Raises:   TypeError, ValueError on a mismatch.
     """
     _check(xBC, conv, state, out, len(plan.state_slots))
-    index = _row_index(plan, state)
-    if not index.live.numel():
+    check_decode_plan(plan, state)
+    live = live_rows(plan, xBC.device)
+    if not live.count:
         return
-    new = xBC[index.live]
-    taps = []
-    for from_tail, rows, columns in index.taps:
-        old = state.conv_state[index.slots, :, columns]
-        tail = state.tail_xBC[index.pages, rows]
-        taps.append(torch.where(from_tail[:, None], tail, old))
-    state.tail_xBC[index.pages, index.rows] = new
-    out[index.live] = _convolve([*taps, new], conv)
+    new = live.of(xBC)
+    taps = [*_window_of_rows(plan, live, state).unbind(1), new]
+    state.tail_xBC[live.pages, live.rows] = new
+    live.put(_convolve(taps, conv), out)
 
 
 @dataclass(frozen=True, slots=True)
-class _RowIndex:
-    """Where each tap of each live row lies. A tap is (is it in the tail, tail row, conv column)."""
+class _WindowIndex:
+    """Where the d_conv - 1 columns before each live row lie: (num_live, d_conv - 1) each."""
 
-    live: torch.Tensor
-    slots: torch.Tensor
-    pages: torch.Tensor
-    rows: torch.Tensor
-    taps: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+    in_tail: torch.Tensor  # bool, with a last dimension of 1
+    tail_rows: torch.Tensor
+    columns: torch.Tensor  # of conv_state
 
 
-def _row_index(plan: DecodePlan, state: LayerState) -> _RowIndex:
-    device, window = state.conv_state.device, state.conv_state.shape[2]
-    key = f"conv_row:{device}:{window}"
+def _window_index(plan: DecodePlan, live: LiveRows, window: int) -> _WindowIndex:
+    key = f"conv_window:{live.rows.device}:{window}"
     if key not in plan.cache:
-        live = [i for i, slot in enumerate(plan.state_slots) if slot != PAD_SLOT]
-        rows = torch.tensor([plan.tail_rows[i] for i in live], dtype=torch.int64, device=device)
-        taps = []
-        for k in range(window):
-            row = rows - window + k  # negative: before the grid point, in conv_state
-            taps.append((row >= 0, row.clamp(min=0), (row + window).clamp(max=window - 1)))
-        plan.cache[key] = _RowIndex(
-            live=torch.tensor(live, dtype=torch.int64, device=device),
-            slots=torch.tensor([plan.state_slots[i] for i in live], device=device),
-            pages=torch.tensor([plan.tail_pages[i] for i in live], device=device),
-            rows=rows,
-            taps=tuple(taps),
-        )
-    index: _RowIndex = plan.cache[key]
+        before = torch.arange(-window, 0, device=live.rows.device)
+        rows = live.rows[:, None] + before  # negative: before the grid point, in conv_state
+        columns = (rows + window).clamp_(max=window - 1)
+        plan.cache[key] = _WindowIndex((rows >= 0)[..., None], rows.clamp(min=0), columns)
+    index: _WindowIndex = plan.cache[key]
     return index
+
+
+def _window_of_rows(plan: DecodePlan, live: LiveRows, state: LayerState) -> torch.Tensor:
+    """The raw columns before each live row, oldest first, (num_live, d_conv - 1, conv_dim)."""
+    conv_dim, window = state.conv_state.shape[1:]
+    if not window:
+        return state.tail_xBC.new_empty((live.count, 0, conv_dim))
+    index = _window_index(plan, live, window)
+    old = state.conv_state[live.slots[:, None], :, index.columns]
+    tail = state.tail_xBC[live.pages[:, None], index.tail_rows]
+    return torch.where(index.in_tail, tail, old)
 
 
 def _window_before(sequence: ExtendSequence, grid: int, state: LayerState) -> torch.Tensor:
@@ -141,6 +144,7 @@ def _convolve(taps: list[torch.Tensor], conv: ConvParams) -> torch.Tensor:
 def _check(
     xBC: torch.Tensor, conv: ConvParams, state: LayerState, out: torch.Tensor, num_rows: int
 ) -> None:
+    check_state(state)
     conv_dim, window = state.conv_state.shape[1:]
     dtypes = (state.conv_state.dtype,)
     check_tensor("xBC", xBC, (num_rows, conv_dim), dtypes)

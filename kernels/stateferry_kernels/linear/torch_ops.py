@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from stateferry_kernels.ssd.grid_form import MIN_ROWS
+from stateferry_kernels.row_tile import whole_tiles
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (num_rows, in) @ weight (out, in).T + bias: a row's bits do not depend on num_rows.
-
-    Short batches are padded: with few rows the CPU's library sums in another order.
-    """
+    """x (num_rows, in) @ weight (out, in).T + bias: a row's bits do not depend on num_rows."""
     num_rows = x.shape[0]
-    if num_rows >= MIN_ROWS:
-        return F.linear(x, weight, bias)
-    padded = F.pad(x, (0, 0, 0, MIN_ROWS - num_rows))
-    return F.linear(padded, weight, bias)[:num_rows]
+    if not num_rows:
+        return x.new_empty((0, weight.shape[0]))
+    product = F.linear(whole_tiles(x), weight, bias)
+    return product if product.shape[0] == num_rows else product[:num_rows]

@@ -6,9 +6,8 @@ For an interval that starts with state S, c being the running sum of dt * A from
     S'  = exp(c_L) S + sum over s of exp(c_L - c_s) dt_s x_s B_s
 
 A token's bits must not depend on which of the three asks. So the interval is always padded to the
-full grid (with dt = 0 and x = 0, which adds exact zeros), every operand has the same layout, and a
-matrix product never has fewer than MIN_ROWS rows: below that, the CPU's library picks another order
-of summation.
+full grid (with dt = 0 and x = 0, which adds exact zeros), every operand has the same layout, and
+matrix products run over whole tiles of rows (row_tile.py).
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ import torch
 
 from stateferry_kernels.elementwise import softplus
 from stateferry_kernels.layer_state import SsmLayerParams
-
-# Rows of a product agree to the byte from 5 rows up (measured, torch 2.13, fp32); 8 leaves room.
-MIN_ROWS = 8
+from stateferry_kernels.row_tile import bmm_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Inputs of n grid intervals, head first, fp32, zero where no token is.
+    """Inputs of n grid intervals, head first, fp32, contiguous, zero where no token is.
 
     x (n, nheads, grid, headdim), B (n, ngroups, grid, dstate), dt (n, nheads, grid).
     """
@@ -38,15 +35,28 @@ class Intervals:
 
     @classmethod
     def of(cls, x: torch.Tensor, B: torch.Tensor, dt: torch.Tensor, A: torch.Tensor) -> Intervals:
-        """From token-first tensors: x (n, grid, nheads, headdim), B (n, grid, ngroups, dstate), dt
-        (n, grid, nheads)."""
-        dt = dt.transpose(1, 2).contiguous()
+        """From head-first tensors of any float dtype and layout, A (nheads,)."""
+        dt = dt.contiguous()
         return cls(
-            x=x.float().transpose(1, 2).contiguous(),
-            B=B.float().transpose(1, 2).contiguous(),
+            x=x.float().contiguous(),
+            B=B.float().contiguous(),
             dt=dt,
             cumsum=torch.cumsum(dt * A[:, None], dim=-1),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of each interval to evaluate, fp32.
+
+    C (n, ngroups, rows, dstate), x (n, nheads, rows, headdim), cumsum (n, nheads, rows); ``later``
+    (n or 1, 1, rows, grid) bool marks the interval's tokens that come after a row.
+    """
+
+    C: torch.Tensor
+    x: torch.Tensor
+    cumsum: torch.Tensor
+    later: torch.Tensor
 
 
 def process_dt(dt: torch.Tensor, params: SsmLayerParams) -> torch.Tensor:
@@ -61,45 +71,38 @@ def process_dt(dt: torch.Tensor, params: SsmLayerParams) -> torch.Tensor:
 
 
 def evaluate_rows(
-    intervals: Intervals,
-    C: torch.Tensor,
-    row_idx: torch.Tensor,
-    states: torch.Tensor,
-    D: torch.Tensor | None,
+    intervals: Intervals, rows: Rows, states: torch.Tensor, D: torch.Tensor | None
 ) -> torch.Tensor:
-    """Outputs of some rows of each interval.
+    """Outputs of some rows of each interval, (n, nheads, rows, headdim) fp32.
 
-    C (n, ngroups, rows, dstate) fp32; row_idx (n, rows) int64, a row's place in its interval;
-    states (n, nheads, headdim, dstate) fp32 at the interval's start. rows >= MIN_ROWS.
-    Returns (n, nheads, rows, headdim) fp32.
+    states (n, nheads, headdim, dstate) fp32, contiguous: those at the intervals' starts.
     """
     n, nheads, grid, headdim = intervals.x.shape
-    ngroups, rows, dstate = C.shape[1:]
+    ngroups, num_rows, dstate = rows.C.shape[1:]
     per_group = nheads // ngroups
+    C = rows.C.reshape(n * ngroups, num_rows, dstate)
 
-    C = C.contiguous()
-    CB = torch.bmm(
-        C.view(n * ngroups, rows, dstate), intervals.B.view(n * ngroups, grid, dstate).mT
-    ).view(n, ngroups, 1, rows, grid)
-
-    index = row_idx[:, None, :].expand(n, nheads, rows)
-    c_rows = intervals.cumsum.gather(2, index)  # (n, nheads, rows)
-    x_rows = intervals.x.gather(2, index[..., None].expand(n, nheads, rows, headdim))
-    later = torch.arange(grid, device=C.device) > row_idx[:, None, :, None]  # (n, 1, rows, grid)
-    log_decay = c_rows[..., None] - intervals.cumsum[:, :, None, :]
-    decay = torch.exp(log_decay.masked_fill_(later, -torch.inf))
-
-    weights = CB * decay.view(n, ngroups, per_group, rows, grid)
-    weights = weights.view(n, nheads, rows, grid) * intervals.dt[:, :, None, :]
-    within = torch.bmm(
-        weights.view(n * nheads, rows, grid), intervals.x.view(n * nheads, grid, headdim)
+    CB = bmm_rows(C, intervals.B.view(n * ngroups, grid, dstate).mT)
+    log_decay = rows.cumsum[..., None] - intervals.cumsum[:, :, None, :]
+    # Masked after exp, which takes three times as long over infinities.
+    decay = torch.exp(log_decay).masked_fill_(rows.later, 0)
+    weights = CB.view(n, ngroups, 1, num_rows, grid) * decay.view(
+        n, ngroups, per_group, num_rows, grid
     )
-    C_heads = C[:, :, None].expand(n, ngroups, per_group, rows, dstate).reshape(-1, rows, dstate)
-    before = torch.bmm(C_heads, states.reshape(n * nheads, headdim, dstate).mT)
-    y = before.view(n, nheads, rows, headdim) * torch.exp(c_rows)[..., None]
-    y += within.view(n, nheads, rows, headdim)
+    weights = weights.view(n, nheads, num_rows, grid) * intervals.dt[:, :, None, :]
+    within = bmm_rows(
+        weights.view(n * nheads, num_rows, grid), intervals.x.view(n * nheads, grid, headdim)
+    )
+
+    # All heads of a group share C, so their states are the columns of one product.
+    before = bmm_rows(C, states.view(n * ngroups, per_group * headdim, dstate).mT)
+    before = before.view(n, ngroups, num_rows, per_group, headdim).transpose(2, 3)
+    grown = torch.exp(rows.cumsum.contiguous()).view(n, ngroups, per_group, num_rows, 1)
+    y = within.view(n, ngroups, per_group, num_rows, headdim)
+    y += before * grown
+    y = y.view(n, nheads, num_rows, headdim)
     if D is not None:
-        y += D[:, None, None] * x_rows
+        y += D[:, None, None] * rows.x
     return y
 
 
@@ -118,8 +121,8 @@ def fold_inputs(intervals: Intervals) -> tuple[torch.Tensor, torch.Tensor]:
         .expand(n, ngroups, nheads // ngroups, grid, dstate)
         .reshape(n * nheads, grid, dstate)
     )
-    added = torch.bmm(weighted.mT, B_heads).view(n, nheads, headdim, dstate)
-    return added, torch.exp(last)
+    added = bmm_rows(weighted.mT, B_heads).view(n, nheads, headdim, dstate)
+    return added, torch.exp(last.contiguous())
 
 
 def next_states(states: torch.Tensor, added: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from stateferry_kernels.elementwise import silu
-from stateferry_kernels.guards import check_ssm_inputs
+from stateferry_kernels.guards import check_extend_plan, check_ssm_inputs
 from stateferry_kernels.layer_state import LayerState, SsmLayerParams
 from stateferry_kernels.plans import ExtendPlan
 from stateferry_kernels.ssd.chunk_table import ChunkTable, chunk_table
 from stateferry_kernels.ssd.grid_form import (
-    MIN_ROWS,
     Intervals,
+    Rows,
     evaluate_rows,
     fold_inputs,
     next_states,
@@ -45,8 +45,7 @@ def chunk_scan(
     Precision: fp32 throughout, stored as the destination's dtype.
     """
     check_ssm_inputs(x, dt, B, C, z, out, params, state, plan.total_tokens)
-    if plan.grid < MIN_ROWS:
-        raise ValueError(f"a grid of {plan.grid} is shorter than {MIN_ROWS} rows")
+    check_extend_plan(plan, state)
     table = chunk_table(plan, x.device)
     dt = process_dt(dt, params)
     y = _scan(x, dt, B, C, params, plan, table, state)
@@ -75,22 +74,18 @@ def _scan(
     dt_all = _placed(dt, table, num_chunks, grid, state.tail_dt)
     C_all = _placed(C, table, num_chunks, grid, None)
     y = torch.empty(x_all.shape, dtype=torch.float32, device=x.device)
-    row_idx = torch.arange(grid, device=x.device)
+    later = torch.ones(grid, grid, dtype=torch.bool, device=x.device).triu(1)[None, None]
     nheads = x.shape[1]
     step = max(1, _MAX_ELEMENTS // (nheads * grid * grid))
     running: torch.Tensor | None = None
     for begin in range(0, num_chunks, step):
         part = slice(begin, min(begin + step, num_chunks))
-        intervals = Intervals.of(x_all[part], B_all[part], dt_all[part], params.A)
+        x_part, B_part, dt_part = (t[part].transpose(1, 2) for t in (x_all, B_all, dt_all))
+        intervals = Intervals.of(x_part, B_part, dt_part, params.A)
         incoming, running = _pass_states(intervals, part, running, plan, table, state)
-        rows = evaluate_rows(
-            intervals,
-            C_all[part].float().transpose(1, 2),
-            row_idx.expand(part.stop - part.start, grid),
-            incoming,
-            params.D,
-        )
-        y[part] = rows.transpose(1, 2)
+        C_part = C_all[part].float().transpose(1, 2)
+        rows = Rows(C_part, intervals.x, intervals.cumsum, later)
+        y[part] = evaluate_rows(intervals, rows, incoming, params.D).transpose(1, 2)
     return y
 
 

@@ -7,47 +7,24 @@ from dataclasses import dataclass
 import torch
 
 from stateferry_kernels.elementwise import silu
-from stateferry_kernels.guards import check_params, check_ssm_inputs, check_state
-from stateferry_kernels.layer_state import PAD_SLOT, LayerState, SsmLayerParams
+from stateferry_kernels.guards import (
+    check_commit_plan,
+    check_decode_plan,
+    check_params,
+    check_ssm_inputs,
+    check_state,
+)
+from stateferry_kernels.layer_state import LayerState, SsmLayerParams
+from stateferry_kernels.live_rows import LiveRows, live_rows
 from stateferry_kernels.plans import CommitPlan, DecodePlan
 from stateferry_kernels.ssd.grid_form import (
-    MIN_ROWS,
     Intervals,
+    Rows,
     evaluate_rows,
     fold_inputs,
     next_states,
     process_dt,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeIndex:
-    """Index tensors of a decode plan, int64, for the rows that are not padding."""
-
-    live: torch.Tensor  # (num_live,) row in the batch
-    slots: torch.Tensor
-    pages: torch.Tensor
-    rows: torch.Tensor
-    written: torch.Tensor  # (num_live, grid) bool: tail rows up to and including the new one
-    row_idx: torch.Tensor  # (num_live, MIN_ROWS): the new row, repeated
-
-
-def decode_index(plan: DecodePlan, device: torch.device) -> DecodeIndex:
-    """The plan's index tensors, built once and kept in ``plan.cache``."""
-    key = f"decode_index:{device}"
-    if key not in plan.cache:
-        live = [i for i, slot in enumerate(plan.state_slots) if slot != PAD_SLOT]
-        rows = torch.tensor([plan.tail_rows[i] for i in live], dtype=torch.int64, device=device)
-        plan.cache[key] = DecodeIndex(
-            live=torch.tensor(live, dtype=torch.int64, device=device),
-            slots=torch.tensor([plan.state_slots[i] for i in live], device=device),
-            pages=torch.tensor([plan.tail_pages[i] for i in live], device=device),
-            rows=rows,
-            written=torch.arange(plan.grid, device=device) <= rows[:, None],
-            row_idx=rows[:, None].expand(-1, MIN_ROWS),
-        )
-    index: DecodeIndex = plan.cache[key]
-    return index
 
 
 def decode_row(
@@ -67,25 +44,33 @@ def decode_row(
     Args:     x, z (num_seqs, nheads, headdim), B, C (num_seqs, ngroups, dstate) activation dtype,
               after the convolution; dt (num_seqs, nheads) raw. A PAD_SLOT row is skipped.
     Mutates:  out like x (padding rows are left alone); row ``tail_rows`` of tail_x, tail_B,
-    tail_dt.
+              tail_dt.
     Raises:   TypeError, ValueError on a mismatch (guards.py).
     Precision: fp32; the same bits as the chunk scan gives for the same token.
     """
     check_ssm_inputs(x, dt, B, C, z, out, params, state, len(plan.state_slots))
-    index = decode_index(plan, x.device)
-    if not index.live.numel():
+    check_decode_plan(plan, state)
+    live = live_rows(plan, x.device)
+    if not live.count:
         return
-    live = index.live
-    state.tail_x[index.pages, index.rows] = x[live]
-    state.tail_B[index.pages, index.rows] = B[live]
-    state.tail_dt[index.pages, index.rows] = process_dt(dt[live], params)
-    intervals = _tail_intervals(index.pages, index.written, params, state)
-    C_rows = C[live].float()[:, :, None].expand(-1, -1, MIN_ROWS, -1)
-    states = state.ssm_state[index.slots]
-    y = evaluate_rows(intervals, C_rows, index.row_idx, states, params.D)[:, :, 0]
+    x, dt, B, C = (live.of(tensor) for tensor in (x, dt, B, C))
+    state.tail_x[live.pages, live.rows] = x
+    state.tail_B[live.pages, live.rows] = B
+    state.tail_dt[live.pages, live.rows] = process_dt(dt, params)
+    masks = _masks(plan, live)
+    intervals = _written_tails(live, masks, params, state)
+    newest = live.rows[:, None, None].expand(-1, x.shape[1], 1)
+    rows = Rows(
+        C.float()[:, :, None],
+        x.float()[:, :, None],
+        intervals.cumsum.gather(2, newest),
+        masks.later,
+    )
+    states = state.ssm_state.index_select(0, live.slots)
+    y = evaluate_rows(intervals, rows, states, params.D)[:, :, 0]
     if z is not None:
-        y = y * silu(z[live].float())
-    out[live] = y.to(out.dtype)
+        y = y * silu(live.of(z).float())
+    live.put(y.to(out.dtype), out)
 
 
 def commit(*, params: SsmLayerParams, plan: CommitPlan, state: LayerState) -> None:
@@ -97,30 +82,69 @@ def commit(*, params: SsmLayerParams, plan: CommitPlan, state: LayerState) -> No
     """
     check_params(params, state.ssm_state.shape[1])
     check_state(state)
-    device = state.ssm_state.device
-    src = torch.tensor(plan.src_slots, device=device)
-    dst = torch.tensor(plan.dst_slots, device=device)
-    pages = torch.tensor(plan.tail_pages, device=device)
-    intervals = _tail_intervals(pages, None, params, state)
+    check_commit_plan(plan, state)
+    if not plan.dst_slots:
+        return
+    src, dst, pages = _commit_index(plan, state.ssm_state.device)
+    intervals = _tails(pages, params, state)
     added, decay = fold_inputs(intervals)
-    state.ssm_state[dst] = next_states(state.ssm_state[src], added, decay)
+    state.ssm_state[dst] = next_states(state.ssm_state.index_select(0, src), added, decay)
     window = state.conv_state.shape[2]
     if window:
-        state.conv_state[dst] = state.tail_xBC[pages][:, -window:].mT
+        first = plan.grid - window
+        state.conv_state[dst] = state.tail_xBC[:, first:].index_select(0, pages).mT
 
 
-def _tail_intervals(
-    pages: torch.Tensor,
-    written: torch.Tensor | None,
-    params: SsmLayerParams,
-    state: LayerState,
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """Which tokens of the tails count, for each live row."""
+
+    later: torch.Tensor  # (num_live, 1, 1, grid) bool: after the new row
+    written: torch.Tensor  # (num_live, 1, grid, 1) int32: -1 up to the new row, 0 after it
+
+
+def _masks(plan: DecodePlan, live: LiveRows) -> _Masks:
+    key = f"decode_masks:{live.rows.device}"
+    if key not in plan.cache:
+        later = torch.arange(plan.grid, device=live.rows.device) > live.rows[:, None]
+        written = later.to(torch.int32) - 1
+        plan.cache[key] = _Masks(later[:, None, None], written[:, None, :, None])
+    masks: _Masks = plan.cache[key]
+    return masks
+
+
+def _written_tails(
+    live: LiveRows, masks: _Masks, params: SsmLayerParams, state: LayerState
 ) -> Intervals:
-    """The tails of some pages; rows that are not ``written`` count as no token (None: all are)."""
-    x, B, dt = state.tail_x[pages], state.tail_B[pages], state.tail_dt[pages]
-    if written is not None:
-        # A selection, not a product: what lies in an unwritten row may be NaN.
-        unwritten = ~written
-        x.masked_fill_(unwritten[:, :, None, None], 0)
-        B.masked_fill_(unwritten[:, :, None, None], 0)
-        dt.masked_fill_(unwritten[:, :, None], 0)
+    """The tails up to the new row. What lies in an unwritten row may be NaN, so it is selected away
+    rather than multiplied by zero; masking the bits is the fastest selection there is."""
+    x = _head_first(state.tail_x, live.pages)
+    B = _head_first(state.tail_B, live.pages)
+    dt = _head_first(state.tail_dt, live.pages)
+    for tensor in (x, B):
+        tensor.view(torch.int32).bitwise_and_(masks.written)
+    dt.view(torch.int32).bitwise_and_(masks.written[..., 0])
     return Intervals.of(x, B, dt, params.A)
+
+
+def _tails(pages: torch.Tensor, params: SsmLayerParams, state: LayerState) -> Intervals:
+    """Full tails."""
+    x, B, dt = (_head_first(t, pages) for t in (state.tail_x, state.tail_B, state.tail_dt))
+    return Intervals.of(x, B, dt, params.A)
+
+
+def _head_first(pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """A fp32 copy of some pages of a tail pool, (num_pages, heads, grid, ..), contiguous."""
+    return pool.transpose(1, 2).index_select(0, pages).float().contiguous()
+
+
+def _commit_index(
+    plan: CommitPlan, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """src_slots, dst_slots and tail_pages as int64, built once and kept in ``plan.cache``."""
+    key = f"commit_index:{device}"
+    if key not in plan.cache:
+        columns = (plan.src_slots, plan.dst_slots, plan.tail_pages)
+        plan.cache[key] = torch.tensor(columns, dtype=torch.int64, device=device).unbind()
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = plan.cache[key]
+    return index

@@ -33,7 +33,6 @@ class Mamba2Config:
     in_out_bias: bool
     conv_bias: bool
     tie_embeddings: bool
-    norm_before_gate: bool
     residual_in_fp32: bool
 
     @property
@@ -84,7 +83,11 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
 
 
 def mamba2_config(raw: Mapping[str, Any]) -> Mamba2Config:
-    """Parse a ``Mamba2ForCausalLM`` config. Raises ModelError naming the option we cannot serve."""
+    """Parse a ``Mamba2ForCausalLM`` config. Raises ModelError naming the option we cannot serve.
+
+    ``norm_before_gate`` is ignored, as transformers does. Its first release wrote ``true`` by
+    default, for weights that were trained with the gate first (its pull request 32686).
+    """
     _require(raw, "hidden_act", raw.get("hidden_act", "silu") in ("silu", "swish"), "silu or swish")
     _require(raw, "rms_norm", raw.get("rms_norm", True) is True, "true")
     d_model = _positive(raw, "hidden_size", 4096)
@@ -114,7 +117,6 @@ def mamba2_config(raw: Mapping[str, Any]) -> Mamba2Config:
         in_out_bias=bool(raw.get("use_bias", False)),
         conv_bias=bool(raw.get("use_conv_bias", True)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        norm_before_gate=bool(raw.get("norm_before_gate", False)),
         residual_in_fp32=bool(raw.get("residual_in_fp32", True)),
     )
 

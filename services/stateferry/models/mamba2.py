@@ -55,7 +55,6 @@ class Mamba2Model:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._head = head
-        self._gate = kernels.norm_then_gate if config.norm_before_gate else kernels.gated_rms_norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,7 +151,7 @@ class Mamba2Model:
                 _heads(y, config.nheads),
             )
             group_size = d_inner // config.ngroups
-            gated = self._gate(y, z, layer.gated_norm, config.norm_eps, group_size)
+            gated = kernels.gated_rms_norm(y, z, layer.gated_norm, config.norm_eps, group_size)
             residual = residual + kernels.linear(gated, layer.out_proj, layer.out_bias)
         return residual
 

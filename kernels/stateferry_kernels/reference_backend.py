@@ -1,0 +1,206 @@
+"""The definitions behind the host entries: every operation in fp64, token by token, far too slow to
+serve with. A whole model can run on it, to find which of a faster backend's operations is wrong.
+
+Each function mutates what the operation of its name in torch_ops.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from stateferry_kernels.conv1d.reference import causal_conv1d_reference
+from stateferry_kernels.guards import (
+    check_commit_plan,
+    check_decode_plan,
+    check_extend_plan,
+    check_ssm_inputs,
+)
+from stateferry_kernels.layer_state import PAD_SLOT, ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.norm import reference as norms
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
+from stateferry_kernels.state_update.reference import commit_reference, decode_row_reference
+
+
+def chunk_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    params: SsmLayerParams,
+    plan: ExtendPlan,
+    state: LayerState,
+    out: torch.Tensor,
+    z: torch.Tensor | None = None,
+) -> None:
+    check_ssm_inputs(x, dt, B, C, z, out, params, state, plan.total_tokens)
+    check_extend_plan(plan, state)
+    token = 0
+    for sequence in plan.sequences:
+        slots = {write.position: write.state_slot for write in sequence.boundaries}
+        ssm_state = state.ssm_state[sequence.state_slot].double()
+        page, old_rows = sequence.tail_page, sequence.start % plan.grid
+        now = _folded(ssm_state, page, old_rows, params, state)
+        for position in range(sequence.start, sequence.end):
+            now, processed = _step(x, dt, B, C, z, token, now, params, out)
+            if position >= sequence.end // plan.grid * plan.grid:
+                _append(x, B, processed, token, (page, position % plan.grid), state)
+            if position + 1 in slots:
+                state.ssm_state[slots[position + 1]] = now.float()
+            token += 1
+
+
+def decode_row(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    params: SsmLayerParams,
+    plan: DecodePlan,
+    state: LayerState,
+    out: torch.Tensor,
+    z: torch.Tensor | None = None,
+) -> None:
+    check_ssm_inputs(x, dt, B, C, z, out, params, state, len(plan.state_slots))
+    check_decode_plan(plan, state)
+    for token, slot in enumerate(plan.state_slots):
+        if slot != PAD_SLOT:
+            page, row = plan.tail_pages[token], plan.tail_rows[token]
+            now = _folded(state.ssm_state[slot].double(), page, row, params, state)
+            _, processed = _step(x, dt, B, C, z, token, now, params, out)
+            _append(x, B, processed, token, (page, row), state)
+
+
+def commit(*, params: SsmLayerParams, plan: CommitPlan, state: LayerState) -> None:
+    check_commit_plan(plan, state)
+    columns = zip(plan.src_slots, plan.dst_slots, plan.tail_pages, strict=True)
+    for src, dst, page in columns:
+        folded = _folded(state.ssm_state[src].double(), page, plan.grid, params, state)
+        state.ssm_state[dst] = folded.float()
+        first = plan.grid - state.conv_state.shape[2]
+        state.conv_state[dst] = state.tail_xBC[page, first:].mT
+
+
+def causal_conv1d_extend(
+    xBC: torch.Tensor, *, conv: ConvParams, plan: ExtendPlan, state: LayerState, out: torch.Tensor
+) -> None:
+    check_extend_plan(plan, state)
+    window = state.conv_state.shape[2]
+    token = 0
+    for sequence in plan.sequences:
+        old_rows, page = sequence.start % plan.grid, sequence.tail_page
+        # Every column since d_conv - 1 before the grid point.
+        columns = torch.cat(
+            [
+                state.conv_state[sequence.state_slot].mT,
+                state.tail_xBC[page, :old_rows],
+                xBC[token : token + sequence.length],
+            ]
+        )
+        out[token : token + sequence.length] = _convolved(columns, conv)[window + old_rows :]
+        first = sequence.start - old_rows
+        for write in sequence.boundaries:
+            end = window + write.position - first
+            state.conv_state[write.state_slot] = columns[end - window : end].mT
+        begin = max(sequence.start, sequence.end // plan.grid * plan.grid)
+        for position in range(begin, sequence.end):
+            state.tail_xBC[page, position % plan.grid] = columns[window + position - first]
+        token += sequence.length
+
+
+def causal_conv1d_row(
+    xBC: torch.Tensor, *, conv: ConvParams, plan: DecodePlan, state: LayerState, out: torch.Tensor
+) -> None:
+    check_decode_plan(plan, state)
+    for token, slot in enumerate(plan.state_slots):
+        if slot == PAD_SLOT:
+            continue
+        page, row = plan.tail_pages[token], plan.tail_rows[token]
+        state.tail_xBC[page, row] = xBC[token]
+        columns = torch.cat([state.conv_state[slot].mT, state.tail_xBC[page, : row + 1]])
+        out[token] = _convolved(columns, conv)[-1]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return norms.rms_norm_reference(x.double(), weight.double(), eps).to(weight.dtype)
+
+
+def gated_rms_norm(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int
+) -> torch.Tensor:
+    return _wide(norms.gated_rms_norm_reference, x, z, weight, eps, group_size)
+
+
+def norm_then_gate(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int
+) -> torch.Tensor:
+    return _wide(norms.norm_then_gate_reference, x, z, weight, eps, group_size)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    wide_bias = None if bias is None else bias.double()
+    return F.linear(x.double(), weight.double(), wide_bias).to(x.dtype)
+
+
+def _step(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    z: torch.Tensor | None,
+    token: int,
+    now: torch.Tensor,
+    params: SsmLayerParams,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a token's output. now: the state before it, fp64. Returns the state after it and the
+    processed dt."""
+    x_wide, dt_wide, B_wide, C_wide = (tensor[token].double() for tensor in (x, dt, B, C))
+    y, processed = decode_row_reference(x_wide, dt_wide, B_wide, C_wide, now, params)
+    if z is not None:
+        y = y * F.silu(z[token].double())
+    out[token] = y.to(out.dtype)
+    after = commit_reference(now, x_wide[None], processed[None], B_wide[None], params)
+    return after, processed
+
+
+def _append(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    processed: torch.Tensor,
+    token: int,
+    place: tuple[int, int],
+    state: LayerState,
+) -> None:
+    """Leave a token in its tail. place: page, row."""
+    state.tail_x[place] = x[token]
+    state.tail_B[place] = B[token]
+    state.tail_dt[place] = processed.float()
+
+
+def _folded(
+    ssm_state: torch.Tensor, page: int, rows: int, params: SsmLayerParams, state: LayerState
+) -> torch.Tensor:
+    x, dt, B = (tail[page, :rows].double() for tail in (state.tail_x, state.tail_dt, state.tail_B))
+    return commit_reference(ssm_state, x, dt, B, params)
+
+
+def _convolved(columns: torch.Tensor, conv: ConvParams) -> torch.Tensor:
+    bias = None if conv.bias is None else conv.bias.double()
+    wide = causal_conv1d_reference(columns.double(), conv.weight.double(), bias)
+    return wide.to(columns.dtype)
+
+
+def _wide(
+    norm: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    group_size: int,
+) -> torch.Tensor:
+    return norm(x.double(), z.double(), weight.double(), eps, group_size).to(x.dtype)
