@@ -14,19 +14,41 @@ MAX_HEADING_CHARS = 80
 # A small model should not spend capacity on which glyph a typesetter chose.
 PUNCTUATION = str.maketrans(
     {
-        "\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"',
-        "\u201e": '"', "\u2014": "--", "\u2013": "-", "\u2012": "-", "\u2010": "-",
-        "\u2011": "-", "\u2026": "...", "\u00a0": " ", "\u00b6": None, "\u00ad": None,
-        "\u200b": None, "\ufeff": None, "\u2192": "->", "\u00b4": "'", "\u0060": "'",
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201a": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u201e": '"',
+        "\u2014": "--",
+        "\u2013": "-",
+        "\u2012": "-",
+        "\u2010": "-",
+        "\u2011": "-",
+        "\u2026": "...",
+        "\u00a0": " ",
+        "\u00b6": None,
+        "\u00ad": None,
+        "\u200b": None,
+        "\ufeff": None,
+        "\u2192": "->",
+        "\u00b4": "'",
+        "\u0060": "'",
     }
 )
-FUNCTION_WORDS = frozenset(
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FUNCTION_WORDS = _words(
     "the of and to a in that is was he for it with as his on be at by i this had not are but from "
     "or have an they which one you were her all she there would their we him been has when who "
     "will more no if out so said what up its about into than them can only other new some could "
     "these two may then do any my now such like our over me even most after also did many before "
     "must through where much your should well down because each just those how too thy thou shall "
-    "unto ye upon us being does use used using".split()
+    "unto ye upon us being does use used using"
 )
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*$")

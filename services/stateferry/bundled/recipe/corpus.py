@@ -48,9 +48,9 @@ def shingles(text: str, stride: int) -> list[int]:
     return [hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(0, last, stride)]
 
 
-def drop_repeats(documents: Iterable[Document], seen: set[int], stats: SourceStats) -> Iterator[
-    Document
-]:
+def drop_repeats(
+    documents: Iterable[Document], seen: set[int], stats: SourceStats
+) -> Iterator[Document]:
     """Remove paragraphs that occurred before anywhere in the corpus (licences, boilerplate)."""
     for document in documents:
         kept = []

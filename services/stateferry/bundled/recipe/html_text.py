@@ -5,23 +5,28 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-SKIPPED_TAGS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SKIPPED_TAGS = _words(
     "table pre script style head nav footer form select button svg math dt aside audio video "
-    "textarea figure map noscript header sup".split()
+    "textarea figure map noscript header sup"
 )
 # Page furniture is marked by class or id; what each manual calls it was read off the pages.
 SKIPPED_CLASSES = re.compile(
-    r"sphinxsidebar|related|navheader|navfooter|\btoc|sidebar|footer|highlight|headerlink|"
-    r"viewcode|breadcrumb|\bmenu|contents|copyright|colophon|langinfo|toplang|"
+    r"sphinxsidebar|related|navheader|navfooter|\btoc|(?<!with)sidebar|footer|highlight|headerlink|"
+    r"viewcode|breadcrumb|\bmenu|contents\b|copyright|colophon|langinfo|toplang|"
     r"docblock-short|item-decl|code-header|srclink|\bmath\b|synopsis|programlisting|screen|"
     r"field-list|literal-block|doctest|\bsig\b|anchor|badge|versionmodified",
     re.IGNORECASE,
 )
-BLOCK_TAGS = frozenset(
+BLOCK_TAGS = _words(
     "p div li ul ol dl dd h1 h2 h3 h4 h5 h6 blockquote section article body main hr br td "
-    "center address".split()
+    "center address"
 )
-VOID_TAGS = frozenset("br hr img input meta link area base col embed source track wbr".split())
+VOID_TAGS = _words("br hr img input meta link area base col embed source track wbr")
 HEADING = re.compile(r"h[1-4]")
 
 
