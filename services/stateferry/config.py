@@ -9,6 +9,7 @@ from here.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 import types
@@ -23,8 +24,10 @@ from stateferry.core.errors import ConfigError
 ENV_PREFIX = "STATEFERRY"
 
 
-def _setting(default: Any, help: str, *, secret: bool = False) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "secret": secret})
+def _setting(default: Any, help: str, *, secret: bool = False, least: float | None = None) -> Any:
+    """``least`` is the smallest value allowed; numbers must be finite."""
+    metadata = {"help": help, "secret": secret, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,12 @@ class ModelSection:
     dir: str = _setting("", "Hugging Face model directory. Empty: the bundled model.")
     name: str = _setting("", "Name that clients see. Empty: the directory's name.")
     dtype: str = _setting("float32", "Weights and activations: float32 or bfloat16.")
-    grid_tokens: int = _setting(0, "Tokens per grid interval. 0: the model's own chunk_size.")
-    max_context_tokens: int = _setting(32768, "Prompt and generated tokens of one request.")
+    grid_tokens: int = _setting(
+        64, "Tokens per grid interval of the kernels. 0: the model's own chunk_size.", least=0
+    )
+    max_context_tokens: int = _setting(
+        32768, "Prompt and generated tokens of one request.", least=2
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +63,17 @@ class RouterSection:
     """The public door."""
 
     host: str = _setting("127.0.0.1", "Address to listen on.")
-    port: int = _setting(50051, "gRPC port; 0 picks a free one.")
-    metrics_port: int = _setting(0, "Prometheus port on the same host; 0 picks a free one.")
-    max_prompt_bytes: int = _setting(1 << 20, "Longest prompt text, in UTF-8 bytes.")
-    max_requests: int = _setting(512, "Requests in flight; more are refused at once.")
-    max_queue_s: float = _setting(30.0, "Longest wait for a free worker before refusing, seconds.")
-    heartbeat_interval_s: float = _setting(0.5, "How often workers report, seconds.")
-    ticket_lifetime_s: float = _setting(30.0, "How long a ticket may be used, seconds.")
+    port: int = _setting(50051, "gRPC port; 0 picks a free one.", least=0)
+    metrics_port: int = _setting(
+        0, "Prometheus port on the same host; 0 picks a free one.", least=0
+    )
+    max_prompt_bytes: int = _setting(1 << 20, "Longest prompt text, in UTF-8 bytes.", least=1)
+    max_requests: int = _setting(512, "Requests in flight; more are refused at once.", least=1)
+    max_queue_s: float = _setting(
+        30.0, "Longest wait for a free worker before refusing, seconds.", least=0
+    )
+    heartbeat_interval_s: float = _setting(0.5, "How often workers report, seconds.", least=0.01)
+    ticket_lifetime_s: float = _setting(30.0, "How long a ticket may be used, seconds.", least=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +82,38 @@ class WorkerSection:
 
     id: str = _setting("", "Stable name of the worker, for example decode-0.")
     host: str = _setting("127.0.0.1", "Address to listen on, and to tell others.")
-    port: int = _setting(0, "gRPC port; 0 picks a free one.")
-    metrics_port: int = _setting(0, "Prometheus port on the same host; 0 picks a free one.")
-    transfer_port: int = _setting(0, "Port that receives state (decode); 0 picks a free one.")
-    max_requests: int = _setting(32, "Sequences held at the same time; sizes the state pools.")
-    max_queue: int = _setting(256, "Requests waiting for a place; more are refused.")
-    extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.")
+    port: int = _setting(0, "gRPC port; 0 picks a free one.", least=0)
+    metrics_port: int = _setting(
+        0, "Prometheus port on the same host; 0 picks a free one.", least=0
+    )
+    transfer_port: int = _setting(
+        0, "Port that receives state (decode); 0 picks a free one.", least=0
+    )
+    max_requests: int = _setting(
+        32, "Sequences held at the same time; sizes the state pools.", least=1
+    )
+    max_queue: int = _setting(256, "Requests waiting for a place; more are refused.", least=1)
+    extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.", least=1)
     kernels: str = _setting("auto", "Kernel backend: auto, torch, reference.")
-    threads: int = _setting(1, "CPU threads of one tensor operation.")
+    threads: int = _setting(1, "CPU threads of one tensor operation.", least=1)
 
 
 @dataclass(frozen=True, slots=True)
 class TransferSection:
     """The hand-off between workers."""
 
-    transport: str = _setting("ucx", "ucx, or inproc inside one process (tests).")
-    max_handoff_bytes: int = _setting(1 << 30, "Largest hand-off that is believed.")
-    staging_bytes: int = _setting(256 << 20, "Buffers for hand-offs in flight, per process.")
-    connect_timeout_s: float = _setting(1.0, "Longest wait for a connection, seconds.")
-    progress_timeout_s: float = _setting(5.0, "Longest silence inside a hand-off, seconds.")
+    max_handoff_bytes: int = _setting(1 << 30, "Largest hand-off that is believed.", least=1)
+    staging_bytes: int = _setting(
+        256 << 20, "Buffers for hand-offs in flight, per process.", least=1
+    )
+    connect_timeout_s: float = _setting(1.0, "Longest wait for a connection, seconds.", least=0.01)
+    progress_timeout_s: float = _setting(
+        5.0, "Longest silence inside a hand-off, seconds.", least=0.01
+    )
     seal_timeout_s: float = _setting(
-        600.0, "Longest wait from reservation to seal, a prompt's queue included, seconds."
+        600.0,
+        "Longest wait from reservation to seal, a prompt's queue included, seconds.",
+        least=0.01,
     )
     ucx_tls: str = _setting("", "UCX_TLS; empty leaves the choice to UCX.")
 
@@ -155,12 +177,26 @@ def _build(given: Mapping[str, object]) -> Config:
     for name, section in _sections(Config()):
         hints = typing.get_type_hints(type(section))
         values = {
-            field.name: _coerce(f"{name}.{field.name}", given[f"{name}.{field.name}"], hints)
+            field.name: _checked(
+                f"{name}.{field.name}", given[f"{name}.{field.name}"], hints, field
+            )
             for field in dataclasses.fields(section)
             if f"{name}.{field.name}" in given
         }
         sections[name] = dataclasses.replace(section, **values)
     return Config(**sections)
+
+
+def _checked(
+    key: str, given: object, hints: Mapping[str, type], field: dataclasses.Field[Any]
+) -> object:
+    value = _coerce(key, given, hints)
+    least = field.metadata["least"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, f"{value} is not a finite number")
+    if least is not None and isinstance(value, int | float) and value < least:
+        raise ConfigError(key, f"{value} is below {least}")
+    return value
 
 
 def _coerce(key: str, value: object, hints: Mapping[str, type]) -> object:

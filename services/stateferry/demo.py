@@ -34,7 +34,10 @@ PROMPTS = (
     "In the beginning of the century, the people of the city",
 )
 # Seeded, so that two runs print the same text; a little warmth reads better than greedy.
-OPTIONS = GenerateOptions(max_tokens=64, temperature=0.6, top_p=0.9, seed=2024, timeout_s=60.0)
+# At least 16 tokens: a model that ends its text at once would leave nothing to hand off.
+OPTIONS = GenerateOptions(
+    max_tokens=64, min_tokens=16, temperature=0.6, top_p=0.9, seed=2024, timeout_s=60.0
+)
 _WANTED_TRANSPORT = "ucx"
 
 

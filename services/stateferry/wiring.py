@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def run_process(role: str, config: Config, ready_file: Path | None) -> None:
 
 def model_directory(section: ModelSection) -> Path:
     """The directory to serve. Raises ConfigError when it does not hold a model."""
-    path = Path(section.dir).expanduser() if section.dir else bundled_model_dir()
+    try:
+        path = Path(section.dir).expanduser() if section.dir else bundled_model_dir()
+    except ValueError as error:
+        raise ConfigError("model.dir", str(error)) from error
     if not (path / "config.json").is_file():
         raise ConfigError("model.dir", f"{path} holds no config.json")
     return path.resolve()
@@ -82,6 +86,7 @@ def _router(config: Config) -> ProcessMain:
 
 def _worker(role: Role, config: Config) -> ProcessMain:
     from stateferry.worker.host import WorkerHost
+    from stateferry.worker.links import check_handoff_fits
     from stateferry.worker.parts import build_engine
 
     routers = router_addresses(config)
@@ -92,17 +97,18 @@ def _worker(role: Role, config: Config) -> ProcessMain:
         parts = await asyncio.to_thread(
             build_engine, model_dir, config.model, config.worker, _log_progress(model_dir)
         )
+        check_handoff_fits(parts.cache.pool, config.transfer)
         registry = new_registry()
         set_build_info(
             registry,
             role=role.value,
             version=stateferry.__version__,
             kernels=parts.kernels,
-            transport=config.transfer.transport,
+            transport="ucx",
         )
         exporter = start_exporter(registry, config.worker.host, config.worker.metrics_port)
         host = WorkerHost(
-            worker_id=config.worker.id or f"{role.value}-0",
+            worker_id=config.worker.id or f"{role.value}-{socket.gethostname()}-{os.getpid()}",
             parts=parts,
             metrics=WorkerMetrics(registry),
             metrics_address=exporter.address,

@@ -23,6 +23,7 @@ def new_cluster(model_dir: Path, *, prefill: int = 1, decode: int = 1) -> LocalC
     config = load_config(
         overrides={
             "model.dir": str(model_dir),
+            "model.grid_tokens": GRID,
             "router.port": 0,
             "worker.max_requests": 24,
             "worker.extend_budget_tokens": 128,

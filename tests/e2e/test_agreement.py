@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
+
+import grpc
 
 from stateferry.client import Client, Completion, Delta, GenerateOptions
 from stateferry.core.request import GenerationRequest
@@ -15,6 +18,7 @@ from support.pools import wait_until_idle
 from support.tiny_model import EOS_ID
 
 GRID = 32
+EOS = frozenset({EOS_ID})
 EDGES = (1, 2, 3, 4, GRID - 1, GRID, GRID + 1, 2 * GRID, 5 * GRID + 3)
 
 
@@ -123,3 +127,32 @@ async def test_same_seed_same_tokens_in_any_company(cluster: LocalCluster) -> No
         again = GenerationRequest("again", request.prompt_ids, request.sampling, request.stop)
         together, *_ = await asyncio.gather(ask(client, again), *crowd)
     assert alone[:2] == together[:2]
+
+
+async def test_an_id_may_be_used_again_at_once(cluster: LocalCluster) -> None:
+    """After a good end, and after a cancel that the workers may not have heard of yet."""
+    request = GenerationRequest(
+        "again", tuple(range(3, 70)), SamplingParams(0.0, 0, 1.0, 0, 0), StopConditions(9, 0, EOS)
+    )
+    async with Client(cluster.router_address) as client:
+        first = await ask(client, request)
+        for _ in range(20):
+            options = GenerateOptions(max_tokens=5000, request_id="again", ignore_eos=True)
+            async with contextlib.aclosing(client.generate(request.prompt_ids, options)) as events:
+                await anext(events)
+            # The router itself may still hold the id for a moment: it then says so.
+            again = await _ask_when_free(client, request)
+            assert again[:2] == first[:2]
+        await wait_until_idle(client, within_s=3)
+
+
+async def _ask_when_free(
+    client: Client, request: GenerationRequest
+) -> tuple[list[int], list[float], Completion]:
+    for _ in range(100):
+        try:
+            return await ask(client, request)
+        except grpc.aio.AioRpcError as error:
+            assert (error.details() or "").startswith("request_id: "), error
+            await asyncio.sleep(0.01)
+    raise AssertionError("the id never became free")

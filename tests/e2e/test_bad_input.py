@@ -51,7 +51,7 @@ BAD = {
     "logprobs": edited(lambda r: setattr(r, "logprobs", 1000)),
     "model": edited(lambda r: setattr(r, "model", "no such model")),
     "request_id": edited(lambda r: setattr(r, "request_id", "a b")),
-    "unknown field number 99": fine().SerializeToString() + b"\x98\x06\x01",
+    "request": fine().SerializeToString() + b"\x98\x06\x01",
     "text ": edited(lambda r: setattr(r, "text", "x" * 10_000_000)),
 }
 
@@ -76,7 +76,9 @@ async def refuse(address: str, payload: bytes) -> tuple[grpc.StatusCode, str, fl
 async def test_is_invalid_argument_naming_the_field(cluster: LocalCluster, field: str) -> None:
     code, details, took_s = await refuse(cluster.router_address, BAD[field])
     assert code is grpc.StatusCode.INVALID_ARGUMENT, details
-    assert field.strip() in details
+    assert details.startswith(field.strip() + ": ")
+    if field == "request":
+        assert "unknown field number 99" in details
     # The time of a check; ten megabytes also have to be sent.
     assert took_s < 1.0
     async with Client(cluster.router_address) as client:

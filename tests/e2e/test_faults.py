@@ -15,6 +15,8 @@ from support.pools import wait_until_idle
 
 PROMPT = tuple(range(3, 103))
 LONG = GenerateOptions(max_tokens=20_000, temperature=0.0, ignore_eos=True)
+# A second to free everything, and two heartbeats until the router can tell.
+FREED_S = 2.0
 VERY_LONG_PROMPT = tuple(3 + i % 200 for i in range(12_000))
 
 
@@ -55,7 +57,7 @@ async def test_decode_killed_in_mid_stream(own_cluster: LocalCluster) -> None:
             async for _ in client.generate(PROMPT, LONG):
                 pass
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        await wait_until_idle(client, within_s=2)
+        await wait_until_idle(client, within_s=FREED_S)
 
 
 async def test_prefill_killed_before_the_hand_off(own_cluster: LocalCluster) -> None:
@@ -69,7 +71,7 @@ async def test_prefill_killed_before_the_hand_off(own_cluster: LocalCluster) -> 
         assert time.monotonic() - began_s < 2.0
         assert (code, tokens) == (grpc.StatusCode.UNAVAILABLE, 0)
         # What decode had reserved comes back.
-        await wait_until_idle(client, within_s=2)
+        await wait_until_idle(client, within_s=FREED_S)
         workers = await client.list_workers()
         assert [w.description.worker_id for w in workers] == ["decode-0"]
 
@@ -97,8 +99,7 @@ async def test_cancel_frees_both_sides(cluster: LocalCluster, after_tokens: int)
                     tokens += len(event.token_ids)
                 if tokens >= after_tokens:
                     break
-        # A second to free, and one heartbeat until the router can tell.
-        await wait_until_idle(client, within_s=1.5)
+        await wait_until_idle(client, within_s=FREED_S)
 
 
 async def test_cancel_during_prefill_frees_both_sides(cluster: LocalCluster) -> None:
@@ -106,7 +107,7 @@ async def test_cancel_during_prefill_frees_both_sides(cluster: LocalCluster) -> 
         stream = asyncio.create_task(stream_until_error(client, asyncio.Event(), VERY_LONG_PROMPT))
         await _until_dispatched(client, "prefill-0")
         stream.cancel()
-        await wait_until_idle(client, within_s=1.5)
+        await wait_until_idle(client, within_s=FREED_S)
 
 
 async def test_a_storm_of_cancels_leaks_nothing(cluster: LocalCluster) -> None:
@@ -135,7 +136,7 @@ async def test_a_deadline_ends_the_stream_and_frees_both_sides(cluster: LocalClu
             async for _ in client.generate(PROMPT, options):
                 pass
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await wait_until_idle(client, within_s=1.5)
+        await wait_until_idle(client, within_s=FREED_S)
 
 
 async def _until_dispatched(client: Client, worker_id: str) -> None:

@@ -19,7 +19,7 @@ from stateferry.telemetry.metrics import (
     new_registry,
     set_build_info,
 )
-from stateferry.worker.observer import WorkerMeter
+from stateferry.worker.meter import WorkerMeter
 
 LABELS = {"code", "role", "kind", "result", "status", "transport", "version", "kernels", "le"}
 
@@ -33,7 +33,7 @@ def fill(registry: CollectorRegistry) -> None:
     router.handoff("ucx", 4096, 0.002)
     worker = WorkerMetrics(registry)
     worker.observe_step("decode", 0.003, 4, 4)
-    worker.observe_handoff("sealed", 4096, 0.002)
+    worker.handoff_sealed(4096, 0.002)
     worker.set_pools(PoolCount(free=3, total=8), PoolCount(free=1, total=2))
 
 
@@ -118,7 +118,8 @@ def test_worker_values() -> None:
     worker = WorkerMetrics(registry)
     meter: WorkerMeter = worker
     meter.observe_step("extend", 0.25, 2, 130)
-    meter.observe_handoff("failed", 70_000, 0.5)
+    meter.handoff_sealed(70_000, 0.5)
+    meter.handoff_failed()
     worker.set_load(
         WorkerLoad(
             sequence=1,
@@ -136,8 +137,10 @@ def test_worker_values() -> None:
     assert value("step_seconds_sum", kind="extend") == 0.25
     assert value("step_sequences_sum", kind="extend") == 2
     assert value("step_tokens_sum", kind="extend") == 130
-    assert value("handoff_bytes_sum", result="failed") == 70_000
-    assert value("handoff_seconds_count", result="failed") == 1
+    assert value("handoff_bytes_sum") == 70_000
+    assert value("handoff_seconds_sum") == 0.5
+    assert value("handoffs_total", result="sealed") == 1
+    assert value("handoffs_total", result="failed") == 1
     assert value("requests_active") == 4
     assert value("requests_queued") == 3
     assert value("tokens_queued") == 999

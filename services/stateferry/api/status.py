@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
@@ -25,7 +26,7 @@ _CODES: tuple[tuple[type[errors.StateferryError], grpc.StatusCode], ...] = (
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
-Stream = Callable[[Any, Request, Any], AsyncIterator[Response]]
+Stream = Callable[[Any, Request, Any], AsyncGenerator[Response, None]]
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
@@ -56,10 +57,12 @@ def streams_errors(
         @wraps(handler)
         async def wrapped(
             self: Any, request: Request, context: grpc.aio.ServicerContext[Any, Any]
-        ) -> AsyncIterator[Response]:
+        ) -> AsyncGenerator[Response, None]:
             try:
-                async for response in handler(self, request, context):
-                    yield response
+                # Closed here and now: what a handler frees must not wait for a collector.
+                async with contextlib.aclosing(handler(self, request, context)) as responses:
+                    async for response in responses:
+                        yield response
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
             except Exception as error:

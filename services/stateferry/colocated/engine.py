@@ -88,7 +88,8 @@ class ColocatedEngine:
         step = self._decode.schedule()
         if step is None:
             return
-        sampled = self._runner.decode(decode_batch(step, self._requests, self._cache))
+        running = {row.request_id: self._requests[row.request_id].continuation for row in step.rows}
+        sampled = self._runner.decode(decode_batch(step, running, self._cache))
         tokens = {
             row.request_id: self._trusted(row.request_id, token)
             for row, token in zip(step.rows, sampled, strict=True)

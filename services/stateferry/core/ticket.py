@@ -41,6 +41,12 @@ class Ticket:
     expires_at_s: float
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
+    @property
+    def attempt_id(self) -> str:
+        """Unlike the request id, never the same twice: what workers key their books by. A client
+        may use its id again at once, while a worker still cleans up after the call before."""
+        return f"{self.request_id}/{self.nonce}"
+
 
 class TicketSigner:
     """Signs and opens tickets."""

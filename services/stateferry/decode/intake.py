@@ -16,8 +16,8 @@ def take_in(
 ) -> HandoffMeta:
     """Fill the request's lease from a sealed hand-off. Returns where the sequence stands.
 
-    Mutates the lease and its slots and page. Raises FrameError, before any write, when the segments
-    are not those of a sequence of ``prompt_len`` tokens.
+    Mutates the lease and its slots and page. Raises FrameError, before a byte is copied, when the
+    segments are not those of a sequence of ``prompt_len`` tokens.
     """
     meta = HandoffMeta.decode(received.manifest.payload)
     if meta.position != prompt_len:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation
-from stateferry.core.request import GenerationRequest
+from stateferry.core.request import Continuation
 from stateferry.core.sampling import FinishReason, SampledToken
 from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
 from stateferry.worker.batches import decode_batch
+from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.waiting import Wakeup, run_to_end
 
 log = logging.getLogger(__name__)
-
-StepObserver = Callable[[str, float, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class OutputStep:
 
 @dataclass(slots=True)
 class _Stream:
-    request: GenerationRequest
+    request: Continuation
     # Unbounded in form, bounded in fact: at most max_tokens entries of one request.
     outputs: asyncio.Queue[OutputStep | Exception] = field(default_factory=asyncio.Queue)
 
@@ -49,35 +48,30 @@ class DecodeLoop:
         runner: ModelRunner,
         executor: Executor,
         clock: Clock,
-        observe_step: StepObserver,
+        meter: WorkerMeter,
     ) -> None:
         self._scheduler = scheduler
         self._cache = cache
         self._runner = runner
         self._executor = executor
         self._clock = clock
-        self._observe_step = observe_step
+        self._meter = meter
         self._reserving: dict[str, asyncio.Future[None]] = {}
         self._streams: dict[str, _Stream] = {}
         self._wakeup = Wakeup()
 
-    async def reserve(self, request_id: str) -> None:
-        """Wait for memory, first come first served. Raises Overloaded when too many wait.
-
-        Whatever happens later, the caller must ``abort`` the request in the end.
-        """
+    def admit(self, request_id: str) -> None:
+        """Queue for memory, first come first served. Raises Overloaded when too many wait; if not,
+        the caller must ``abort`` the request in the end."""
         self._scheduler.admit(request_id)
-        granted = asyncio.get_running_loop().create_future()
-        self._reserving[request_id] = granted
+        self._reserving[request_id] = asyncio.get_running_loop().create_future()
         self._grant()
-        try:
-            await granted
-        finally:
-            self._reserving.pop(request_id, None)
 
-    async def decode(
-        self, request: GenerationRequest, first_token_id: int
-    ) -> AsyncIterator[OutputStep]:
+    async def reserved(self, request_id: str) -> None:
+        """Wait until an admitted request has its memory."""
+        await self._reserving[request_id]
+
+    async def decode(self, request: Continuation, first_token_id: int) -> AsyncIterator[OutputStep]:
         """Tokens 1 and up of a reserved request whose state is in place."""
         stream = _Stream(request)
         self._streams[request.request_id] = stream
@@ -94,6 +88,7 @@ class DecodeLoop:
     def abort(self, request_id: str) -> None:
         """Forget a request in any phase; its memory is free once no step can touch it."""
         self._scheduler.abort(request_id)
+        self._reserving.pop(request_id, None)
         self._drop_if_gone(request_id)
         self._grant()
 
@@ -107,7 +102,7 @@ class DecodeLoop:
             began_s = self._clock.monotonic_s()
             await self._run_step(step)
             took_s = self._clock.monotonic_s() - began_s
-            self._observe_step("decode", took_s, len(step.rows), len(step.rows))
+            self._meter.observe_step("decode", took_s, len(step.rows), len(step.rows))
 
     async def _run_step(self, step: DecodeStep) -> None:
         requests = {row.request_id: self._streams[row.request_id].request for row in step.rows}

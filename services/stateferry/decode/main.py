@@ -28,14 +28,15 @@ async def run_decode(
     """Serve until ``stop`` is set. ``announce`` gets the addresses once requests are welcome."""
     clock, parts = SystemClock(), host.parts
     scheduler = DecodeScheduler(parts.cache, max_waiting=config.worker.max_queue)
-    observer = host.observer(clock)
-    loop = DecodeLoop(scheduler, parts.cache, parts.runner, host.executor, clock, observer.step)
+    loop = DecodeLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
     transport = build_transport(config.transfer, config.worker.host, config.worker.transfer_port)
     receiver = HandoffReceiver(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.DECODE, host.key, clock)
-    servicer = DecodeServicer(desk, loop, parts, receiver, observer, config.transfer.seal_timeout_s)
+    servicer = DecodeServicer(
+        desk, loop, parts, receiver, host.meter, config.transfer.seal_timeout_s
+    )
 
     def register(server: grpc.aio.Server) -> Sequence[str]:
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)

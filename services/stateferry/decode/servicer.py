@@ -12,23 +12,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import streams_errors
-from stateferry.core.errors import InvalidRequest
+from stateferry.core.errors import FrameError, InvalidRequest, StateferryError
 from stateferry.core.handoff import HandoffMeta
-from stateferry.core.request import GenerationRequest
+from stateferry.core.request import Continuation
 from stateferry.core.ticket import Ticket, TicketDesk
 from stateferry.decode.intake import take_in
 from stateferry.decode.loop import DecodeLoop
+from stateferry.telemetry.logs import log_request_id
 from stateferry.transfer.receiver import Expectation, HandoffReceiver
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_stop_ids
-from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
 from stateferry.worker.waiting import run_to_end
 
@@ -48,7 +49,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         loop: DecodeLoop,
         parts: EngineParts,
         receiver: HandoffReceiver,
-        observer: WorkerObserver,
+        meter: WorkerMeter,
         seal_timeout_s: float,
     ) -> None:
         self._desk = desk
@@ -56,7 +57,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._cache = parts.cache
         self._limits = parts.limits
         self._receiver = receiver
-        self._observer = observer
+        self._meter = meter
         self._seal_timeout_s = seal_timeout_s
 
     @streams_errors(_log_failure)
@@ -64,13 +65,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self,
         request: worker_pb2.DecodeRequest,
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[worker_pb2.DecodeEvent]:
+    ) -> AsyncGenerator[worker_pb2.DecodeEvent, None]:
         ticket = self._desk.admit(request.ticket)
+        log_request_id(ticket.request_id)
         wanted = self._accept(ticket, request)
+        self._loop.admit(wanted.request_id)
+        # Only from here on is there anything of this attempt to give back.
         try:
-            await self._loop.reserve(wanted.request_id)
+            await self._loop.reserved(wanted.request_id)
             expectation = self._receiver.expect(
-                ticket.request_id,
+                ticket.attempt_id,
                 ticket.epoch,
                 ticket.prefill,
                 self._cache.pool.max_sequence_bytes(),
@@ -87,14 +91,13 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         finally:
             self._loop.abort(wanted.request_id)
 
-    def _accept(self, ticket: Ticket, request: worker_pb2.DecodeRequest) -> GenerationRequest:
-        wanted = GenerationRequest(
-            request_id=ticket.request_id,
-            prompt_ids=(),
+    def _accept(self, ticket: Ticket, request: worker_pb2.DecodeRequest) -> Continuation:
+        wanted = Continuation(
+            request_id=ticket.attempt_id,
             sampling=codec.sampling_from_pb(request.sampling),
             stop=codec.stop_from_pb(request.stop),
         )
-        check_stop_ids(wanted, self._limits)
+        check_stop_ids(wanted.stop, self._limits)
         if not 1 < wanted.stop.max_tokens <= ticket.max_tokens:
             raise InvalidRequest("stop.max_tokens", f"not between 2 and {ticket.max_tokens}")
         limit = self._limits.max_context_tokens
@@ -103,15 +106,15 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         return wanted
 
     async def _receive(self, expectation: Expectation, ticket: Ticket) -> HandoffMeta:
-        with self._observer.handoff() as handoff:
-            received = await expectation.sealed(self._seal_timeout_s)
-            try:
-                handoff.size_bytes = received.size_bytes
+        try:
+            with await expectation.sealed(self._seal_timeout_s) as received:
                 meta = await run_to_end(
-                    None, take_in, received, ticket.request_id, ticket.prompt_len, self._cache
+                    None, take_in, received, ticket.attempt_id, ticket.prompt_len, self._cache
                 )
-            finally:
-                received.release()
-        if meta.first_token_id >= self._limits.vocab_size:
-            raise InvalidRequest("first_token_id", f"not below {self._limits.vocab_size}")
+            if meta.first_token_id >= self._limits.vocab_size:
+                raise FrameError(f"token 0 is {meta.first_token_id}, outside the vocabulary")
+        except StateferryError:
+            self._meter.handoff_failed()
+            raise
+        self._meter.handoff_sealed(received.size_bytes, received.duration_s)
         return meta

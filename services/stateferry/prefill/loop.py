@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -16,17 +15,15 @@ from stateferry.core.sampling import SampledToken
 from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
 from stateferry.worker.batches import extend_batch
+from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.waiting import Wakeup, run_to_end
 
 log = logging.getLogger(__name__)
 
-# (kind, seconds, rows, tokens) of each step that ran.
-StepObserver = Callable[[str, float, int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class ComputedPrompt:
-    """A prompt whose state is complete; its lease is held until ``release``."""
+    """A prompt whose state is complete; its lease is held until ``abort``."""
 
     token: SampledToken
     queue_s: float
@@ -51,33 +48,27 @@ class PrefillLoop:
         runner: ModelRunner,
         executor: Executor,
         clock: Clock,
-        observe_step: StepObserver,
+        meter: WorkerMeter,
     ) -> None:
         self._scheduler = scheduler
         self._cache = cache
         self._runner = runner
         self._executor = executor
         self._clock = clock
-        self._observe_step = observe_step
+        self._meter = meter
         self._pending: dict[str, _Pending] = {}
         self._wakeup = Wakeup()
 
-    async def compute(self, request: GenerationRequest) -> ComputedPrompt:
-        """Queue a prompt and wait for token 0.
-
-        Whatever the outcome, the caller must ``abort`` or ``release`` the request afterwards.
-        """
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a prompt. Raises Overloaded; if not, the caller must ``abort`` it in the end."""
         self._scheduler.submit(request.request_id, request.prompt_len)
         done: asyncio.Future[ComputedPrompt] = asyncio.get_running_loop().create_future()
         self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
         self._wakeup.set()
-        return await done
 
-    def release(self, request_id: str) -> None:
-        """Return the memory of a computed prompt."""
-        self._pending.pop(request_id, None)
-        self._scheduler.release(request_id)
-        self._wakeup.set()
+    async def computed(self, request_id: str) -> ComputedPrompt:
+        """Token 0 of a submitted prompt, once its state is complete. The lease stays."""
+        return await self._pending[request_id].done
 
     def abort(self, request_id: str) -> None:
         """Forget a request in any phase; its memory is free once no step can touch it."""
@@ -99,7 +90,7 @@ class PrefillLoop:
                 pending.started_s = pending.started_s or began_s
             await self._run_step(step)
             took_s = self._clock.monotonic_s() - began_s
-            self._observe_step("extend", took_s, len(step.slices), step.num_tokens)
+            self._meter.observe_step("extend", took_s, len(step.slices), step.num_tokens)
 
     async def _run_step(self, step: ExtendStep) -> None:
         requests = {p.request_id: self._pending[p.request_id].request for p in step.slices}
@@ -111,6 +102,7 @@ class PrefillLoop:
             self._scheduler.fail(step)
             for part in step.slices:
                 self._fail(part.request_id, error)
+                self._pending.pop(part.request_id)
             return
         sampled = [part.request_id for part in step.slices if part.is_last]
         finished = set(self._scheduler.complete(step))

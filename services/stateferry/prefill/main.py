@@ -33,14 +33,13 @@ async def run_prefill(
         budget_tokens=config.worker.extend_budget_tokens,
         max_waiting=config.worker.max_queue,
     )
-    observer = host.observer(clock)
-    loop = PrefillLoop(scheduler, parts.cache, parts.runner, host.executor, clock, observer.step)
+    loop = PrefillLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
     transport = build_transport(config.transfer, config.worker.host, port=0)
     sender = HandoffSender(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.PREFILL, host.key, clock)
-    servicer = PrefillServicer(desk, loop, parts, sender, observer)
+    servicer = PrefillServicer(desk, loop, parts, sender, host.meter)
 
     def register(server: grpc.aio.Server) -> Sequence[str]:
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)

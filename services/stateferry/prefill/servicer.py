@@ -11,23 +11,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import streams_errors
-from stateferry.core.errors import InvalidRequest
+from stateferry.core.errors import InvalidRequest, StateferryError
 from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
 from stateferry.prefill.loop import ComputedPrompt, PrefillLoop
+from stateferry.telemetry.logs import log_request_id
 from stateferry.transfer.manifest import segment_from_tensor
 from stateferry.transfer.sender import HandoffSender, PushReceipt
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_request
-from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
 
 log = logging.getLogger(__name__)
@@ -46,25 +47,28 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         loop: PrefillLoop,
         parts: EngineParts,
         sender: HandoffSender,
-        observer: WorkerObserver,
+        meter: WorkerMeter,
     ) -> None:
         self._desk = desk
         self._loop = loop
         self._cache = parts.cache
         self._limits = parts.limits
         self._sender = sender
-        self._observer = observer
+        self._meter = meter
 
     @streams_errors(_log_failure)
     async def Run(
         self,
         request: worker_pb2.PrefillRequest,
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[worker_pb2.PrefillEvent]:
+    ) -> AsyncGenerator[worker_pb2.PrefillEvent, None]:
         ticket = self._desk.admit(request.ticket)
+        log_request_id(ticket.request_id)
         wanted = self._accept(ticket, request)
+        self._loop.submit(wanted)
+        # Only from here on is there anything of this attempt to give back.
         try:
-            computed = await self._loop.compute(wanted)
+            computed = await self._loop.computed(wanted.request_id)
             finish = wanted.stop.check(computed.token.token_id, 1)
             first = self._first_token_event(computed)
             if finish is not None:
@@ -84,7 +88,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
 
     def _accept(self, ticket: Ticket, request: worker_pb2.PrefillRequest) -> GenerationRequest:
         wanted = GenerationRequest(
-            request_id=ticket.request_id,
+            request_id=ticket.attempt_id,
             prompt_ids=tuple(request.prompt_ids),
             sampling=codec.sampling_from_pb(request.sampling),
             stop=codec.stop_from_pb(request.stop),
@@ -101,18 +105,21 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
     async def _hand_off(self, ticket: Ticket, first_token_id: int) -> PushReceipt:
         if ticket.decode is None or ticket.transfer_address is None:
             raise InvalidRequest("ticket", "names no decode worker")
-        lease = self._cache.lease(ticket.request_id)
+        lease = self._cache.lease(ticket.attempt_id)
         views = self._cache.pool.sequence_views(lease)
-        with self._observer.handoff() as handoff:
+        try:
             receipt = await self._sender.push(
                 address=ticket.transfer_address,
                 receiver=ticket.decode,
-                request_id=ticket.request_id,
+                request_id=ticket.attempt_id,
                 epoch=ticket.epoch,
                 payload=HandoffMeta(lease.position, first_token_id).encode(),
                 segments=[segment_from_tensor(v.kind, v.layer, v.tensor) for v in views],
             )
-            handoff.size_bytes = receipt.size_bytes
+        except StateferryError:
+            self._meter.handoff_failed()
+            raise
+        self._meter.handoff_sealed(receipt.size_bytes, receipt.duration_s)
         return receipt
 
     def _first_token_event(self, computed: ComputedPrompt) -> worker_pb2.PrefillEvent:

@@ -17,8 +17,8 @@ Emit = Callable[[Delta], Awaitable[None]]
 class ClientStream:
     """Forwards tokens in order, each exactly once; stops at the first stop string.
 
-    ``emit`` waits until gRPC has taken the delta, so a slow client slows its own workers down and
-    nothing piles up here.
+    ``emit`` waits until gRPC has taken the delta, so nothing piles up here; a slow client's tokens
+    wait at its decode worker, max_tokens of them at most.
     """
 
     def __init__(

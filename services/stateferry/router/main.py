@@ -16,6 +16,7 @@ from stateferry.api.server import open_channel, service_name, start_server
 from stateferry.config import Config
 from stateferry.core.clock import Clock, SystemClock
 from stateferry.core.cluster_key import ClusterKey
+from stateferry.core.errors import ModelError
 from stateferry.core.ticket import TicketSigner
 from stateferry.router.admission import Admission, AdmissionLimits
 from stateferry.router.channels import WorkerChannels
@@ -32,7 +33,7 @@ from stateferry.telemetry.exporter import start_exporter
 from stateferry.telemetry.metrics import RouterMetrics, new_registry, set_build_info
 from stateferry.v1 import membership_pb2, membership_pb2_grpc
 
-Ready = Callable[[dict[str, str]], None]
+Announce = Callable[[dict[str, str]], None]
 
 # On a stop, how long streams in flight may go on.
 GRACE_S = 5.0
@@ -88,32 +89,38 @@ def build_router(
     )
 
 
-async def run_router(config: Config, model_dir: Path, ready: Ready, stop: asyncio.Event) -> None:
-    """Serve until ``stop`` is set. ``ready`` gets the addresses once calls are accepted.
+async def run_router(
+    config: Config, model_dir: Path, announce: Announce, stop: asyncio.Event
+) -> None:
+    """Serve until ``stop`` is set. ``announce`` gets the addresses once calls are accepted.
 
     Raises ConfigError or ModelError before it serves anything.
     """
     model = read_model_info(model_dir, config.model)
     tokenizer = Tokenizer.from_directory(model_dir)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ModelError(
+            f"tokenizer.json has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
+        )
     metrics = new_registry()
     set_build_info(metrics, role="router", version=stateferry.__version__, kernels="", transport="")
     router = build_router(config, model, tokenizer, SystemClock(), RouterMetrics(metrics))
     exporter = start_exporter(metrics, config.router.host, config.router.metrics_port)
     try:
-        await _serve(config, router, exporter.address, ready, stop)
+        await _serve(config, router, exporter.address, announce, stop)
     finally:
         tokenizer.close()
         exporter.close()
 
 
 async def _serve(
-    config: Config, router: Router, metrics_address: str, ready: Ready, stop: asyncio.Event
+    config: Config, router: Router, metrics_address: str, announce: Announce, stop: asyncio.Event
 ) -> None:
     server = await start_server(config.router.host, config.router.port, router.register)
     sweeping = asyncio.create_task(router.watch.run(router.admission))
     stopping = asyncio.create_task(stop.wait())
     try:
-        ready({"grpc": server.address, "metrics": metrics_address})
+        announce({"grpc": server.address, "metrics": metrics_address})
         # The sweeper ends only by a bug; without it lost workers would go unnoticed.
         await asyncio.wait({sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if sweeping.done():

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -57,7 +57,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
         self,
         request_iterator: AsyncIterator[membership_pb2.WorkerReport],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[membership_pb2.JoinReply]:
+    ) -> AsyncGenerator[membership_pb2.JoinReply, None]:
         registration: Registration | None = None
         try:
             async for report in request_iterator:

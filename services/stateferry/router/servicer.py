@@ -35,6 +35,7 @@ from stateferry.router.membership import WorkerRegistry
 from stateferry.router.model_info import ModelInfo
 from stateferry.router.observer import RouterObserver
 from stateferry.router.text import Tokenizer
+from stateferry.telemetry.logs import log_request_id
 from stateferry.v1 import inference_pb2
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class InferenceServicer:
             arrived_s = self._clock.monotonic_s()
             remaining_s = context.time_remaining()
             client = codec.parse_generate(payload, self._door.limits)
+            log_request_id(client.request_id)
             with self._door.admission.enter(client.request_id):
                 job = await self._job(client, arrived_s, remaining_s)
                 completion = await self._generation.run(job, writer.emit)

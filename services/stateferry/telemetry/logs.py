@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from stateferry.core.errors import ConfigError
@@ -19,6 +20,14 @@ from stateferry.core.errors import ConfigError
 _LEVELS = ("debug", "info", "warning", "error")
 _FIELDS = "stateferry_fields"
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:-/@+%")
+
+
+_request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+def log_request_id(request_id: str) -> None:
+    """Name this request in every line that the running task logs from now on."""
+    _request_id.set(request_id)
 
 
 def fields(**values: object) -> dict[str, Any]:
@@ -43,7 +52,10 @@ class LineFormatter(logging.Formatter):
             f"{stamp}.{int(record.msecs):03d}Z {record.levelname:<5} {self._who} {source}: "
             f"{record.getMessage()}"
         )
-        values: dict[str, object] = dict(getattr(record, _FIELDS, {}))
+        values: dict[str, object] = {}
+        if request_id := _request_id.get():
+            values["request_id"] = request_id
+        values |= getattr(record, _FIELDS, {})
         if record.exc_info and record.exc_info[0] is not None:
             values["traceback"] = self.formatException(record.exc_info)
         for key, value in values.items():

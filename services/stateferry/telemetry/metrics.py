@@ -117,15 +117,17 @@ class RouterMetrics:
 
 
 class WorkerMetrics:
-    """Implements ``worker/observer.py: WorkerMeter``, plus gauges for load. Thread safe."""
+    """Implements ``worker/meter.py: WorkerMeter``, plus gauges for load. Thread safe."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, help: str, labels: tuple[str, ...] = ()) -> Gauge:
             return Gauge(f"stateferry_worker_{name}", help, labels, registry=registry)
 
-        def histogram(name: str, help: str, label: str, bounds: tuple[float, ...]) -> Histogram:
+        def histogram(
+            name: str, help: str, bounds: tuple[float, ...], labels: tuple[str, ...] = ()
+        ) -> Histogram:
             full = f"stateferry_worker_{name}"
-            return Histogram(full, help, (label,), buckets=bounds, registry=registry)
+            return Histogram(full, help, labels, buckets=bounds, registry=registry)
 
         self._active = gauge("requests_active", "Requests held, in any phase.")
         self._queued = gauge("requests_queued", "Requests accepted but not begun.")
@@ -133,21 +135,30 @@ class WorkerMetrics:
         self._slots = gauge("state_slots", "State slots.", ("status",))
         self._pages = gauge("tail_pages", "Tail pages.", ("status",))
         self._step_time = histogram(
-            "step_seconds", "One forward pass.", "kind", buckets.STEP_SECONDS
+            "step_seconds", "One forward pass.", buckets.STEP_SECONDS, ("kind",)
         )
         self._step_rows = histogram(
-            "step_sequences", "Sequences in one forward pass.", "kind", buckets.BATCH_ROWS
+            "step_sequences", "Sequences in one forward pass.", buckets.BATCH_ROWS, ("kind",)
         )
         self._step_tokens = histogram(
-            "step_tokens", "Tokens in one forward pass.", "kind", buckets.BATCH_TOKENS
+            "step_tokens", "Tokens in one forward pass.", buckets.BATCH_TOKENS, ("kind",)
+        )
+        self._handoffs = Counter(
+            "stateferry_worker_handoffs_total",
+            "Hand-offs that ended, sealed or failed.",
+            ("result",),
+            registry=registry,
         )
         self._handoff_time = histogram(
-            "handoff_seconds", "One hand-off, as this side saw it.", "result",
+            "handoff_seconds",
+            "A sealed hand-off: the whole push on prefill, manifest to seal on decode.",
             buckets.HANDOFF_SECONDS,
-        )  # fmt: skip
-        self._handoff_size = histogram(
-            "handoff_bytes", "Payload of one hand-off.", "result", buckets.HANDOFF_BYTES
         )
+        self._handoff_size = histogram(
+            "handoff_bytes", "Payload of a sealed hand-off.", buckets.HANDOFF_BYTES
+        )
+        for result in ("sealed", "failed"):
+            self._handoffs.labels(result)
 
     def observe_step(self, kind: str, seconds: float, rows: int, tokens: int) -> None:
         """One forward pass. ``kind`` is extend or decode; ``rows`` counts sequences."""
@@ -155,10 +166,15 @@ class WorkerMetrics:
         self._step_rows.labels(kind).observe(rows)
         self._step_tokens.labels(kind).observe(tokens)
 
-    def observe_handoff(self, result: str, size_bytes: int, seconds: float) -> None:
-        """One hand-off ended. ``result`` is sealed or failed."""
-        self._handoff_time.labels(result).observe(seconds)
-        self._handoff_size.labels(result).observe(size_bytes)
+    def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
+        """A hand-off is complete."""
+        self._handoffs.labels("sealed").inc()
+        self._handoff_time.observe(seconds)
+        self._handoff_size.observe(size_bytes)
+
+    def handoff_failed(self) -> None:
+        """A hand-off broke, or what arrived could not be used. Not for cancelled requests."""
+        self._handoffs.labels("failed").inc()
 
     def set_pools(self, state_slots: PoolCount, tail_pages: PoolCount) -> None:
         """Occupancy of the pools."""

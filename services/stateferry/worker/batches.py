@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stateferry.cache.state_cache import StateCache
-from stateferry.core.request import GenerationRequest
+from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.engine.forward_batch import (
     DecodeBatch,
     DecodeInput,
@@ -28,14 +28,14 @@ def extend_batch(
             ExtendRow(
                 lease=cache.lease(part.request_id),
                 token_ids=request.prompt_ids[part.start : part.start + part.length],
-                sample=sample_spec(request, 0) if part.is_last else None,
+                sample=sample_spec(request.continuation, 0) if part.is_last else None,
             )
         )
     return ExtendBatch(tuple(rows))
 
 
 def decode_batch(
-    step: DecodeStep, specs: Mapping[str, GenerationRequest], cache: StateCache
+    step: DecodeStep, running: Mapping[str, Continuation], cache: StateCache
 ) -> DecodeBatch:
     """One row per active sequence."""
     return DecodeBatch(
@@ -43,14 +43,14 @@ def decode_batch(
             DecodeInput(
                 lease=cache.lease(row.request_id),
                 token_id=row.token_id,
-                sample=sample_spec(specs[row.request_id], row.index),
+                sample=sample_spec(running[row.request_id], row.index),
             )
             for row in step.rows
         )
     )
 
 
-def sample_spec(request: GenerationRequest, index: int) -> SampleSpec:
+def sample_spec(request: Continuation, index: int) -> SampleSpec:
     """How output token ``index`` is chosen; stop ids are out of reach before ``min_tokens``."""
     too_early = index + 1 < request.stop.min_tokens
     return SampleSpec(

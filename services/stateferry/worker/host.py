@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from stateferry.core.clock import Clock
 from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.ids import Role, WorkerKey, new_incarnation
 from stateferry.core.worker import WorkerDescription, WorkerLoad
 from stateferry.telemetry.metrics import WorkerMetrics
-from stateferry.worker.observer import WorkerObserver
+from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
 
 
@@ -52,8 +51,9 @@ class WorkerHost:
         self._metrics_address = metrics_address
         self._max_requests = max_requests
 
-    def observer(self, clock: Clock) -> WorkerObserver:
-        return WorkerObserver(self._metrics, clock)
+    @property
+    def meter(self) -> WorkerMeter:
+        return self._metrics
 
     def describe(
         self, role: Role, grpc_address: str, transfer_address: str | None
@@ -87,6 +87,9 @@ class WorkerHost:
                 tail_pages=cache.tail_pages,
             )
             self._metrics.set_load(load)
+            if not load.active_requests:
+                # Raises: a worker whose books are wrong must not go on.
+                cache.check_conserved()
             return load
 
         return report

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.request import GenerationRequest
+from stateferry.core.sampling import StopConditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,12 @@ def check_request(request: GenerationRequest, limits: ModelLimits) -> None:
         raise InvalidRequest("prompt_ids", "must not be empty")
     if max(request.prompt_ids) >= limits.vocab_size:
         raise InvalidRequest("prompt_ids", f"an id is not below {limits.vocab_size}")
-    check_stop_ids(request, limits)
+    check_stop_ids(request.stop, limits)
     if request.prompt_len + request.stop.max_tokens > limits.max_context_tokens:
         raise InvalidRequest("stop.max_tokens", f"exceeds {limits.max_context_tokens} in all")
 
 
-def check_stop_ids(request: GenerationRequest, limits: ModelLimits) -> None:
+def check_stop_ids(stop: StopConditions, limits: ModelLimits) -> None:
     """Raises InvalidRequest when a stop id is outside the vocabulary."""
-    if request.stop.stop_token_ids and max(request.stop.stop_token_ids) >= limits.vocab_size:
+    if stop.stop_token_ids and max(stop.stop_token_ids) >= limits.vocab_size:
         raise InvalidRequest("stop.stop_token_ids", f"an id is not below {limits.vocab_size}")

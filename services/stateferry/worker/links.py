@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stateferry.cache.state_pool import StatePool
 from stateferry.config import TransferSection
 from stateferry.core.errors import ConfigError
 from stateferry.transfer.limits import TransferLimits
@@ -20,13 +21,18 @@ def transfer_limits(section: TransferSection) -> TransferLimits:
 
 
 def build_transport(section: TransferSection, host: str, port: int) -> Transport:
-    """The configured transport; should it listen, then on ``port``, known to peers as ``host``.
-
-    Raises ConfigError on an unknown name.
-    """
-    if section.transport != "ucx":
-        raise ConfigError("transfer.transport", f"{section.transport!r} is not ucx")
+    """UCX; should it listen, then on ``port``, known to peers as ``host``."""
     variables = dict(TUNED_VARIABLES)
     if section.ucx_tls:
         variables["UCX_TLS"] = section.ucx_tls
     return UcxTransport(UcxSettings(host=host, port=port, variables=variables))
+
+
+def check_handoff_fits(pool: StatePool, section: TransferSection) -> None:
+    """Raises ConfigError naming the limit that this model's largest state would exceed."""
+    needed = pool.max_sequence_bytes()
+    for key in ("max_handoff_bytes", "staging_bytes"):
+        allowed = getattr(section, key)
+        if needed > allowed:
+            problem = f"{allowed} is less than the {needed} bytes that one state may take"
+            raise ConfigError(f"transfer.{key}", problem)

@@ -52,7 +52,10 @@ def build_engine(
         raise ConfigError("model.dtype", f"{model.dtype!r} is none of {', '.join(_DTYPES)}")
     dtype = _DTYPES[model.dtype]
     torch.set_num_threads(worker.threads)
-    kernels = select_kernels(None if worker.kernels == "auto" else worker.kernels)
+    try:
+        kernels = select_kernels(None if worker.kernels == "auto" else worker.kernels)
+    except ValueError as error:
+        raise ConfigError("worker.kernels", str(error)) from error
     loaded = load_model(model_dir, dtype=dtype, kernels=kernels, progress=progress)
     grid = model.grid_tokens or loaded.config.chunk_size
     pool = StatePool(

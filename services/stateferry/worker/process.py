@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from stateferry.api.server import RunningServer
+from stateferry.core.errors import InvariantViolation
 from stateferry.core.worker import WorkerDescription, WorkerLoad
 from stateferry.worker.host import WorkerHost
 from stateferry.worker.join import RouterLink
-
-log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 
@@ -33,8 +31,9 @@ async def serve_until_stopped(
 ) -> None:
     """Run the step loop and stay joined to all routers until ``stop`` is set.
 
-    Leaves the routers first, so that nothing new arrives, then lets calls in flight finish. A step
-    loop that dies is a bug: it ends the process rather than leave a worker that hangs its callers.
+    Leaves the routers first, so that nothing new arrives, then lets calls in flight finish. The
+    step loop and the links end by a bug only; then the process ends too, with InvariantViolation,
+    rather than leave a worker that hangs its callers or that nobody knows of.
     """
     links = [
         asyncio.create_task(RouterLink(address, description, load, host.cluster_key).run())
@@ -43,17 +42,17 @@ async def serve_until_stopped(
     stepping = asyncio.create_task(loop)
     stopping = asyncio.create_task(stop.wait())
     announce(_addresses(description))
+    background = (stepping, *links)
     try:
-        await asyncio.wait({stepping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, *background}, return_when=asyncio.FIRST_COMPLETED)
+        broken = next((task for task in background if task.done()), None)
         await _cancel(links)
-        await server.stop(GRACE_S if not stepping.done() else 0.0)
+        await server.stop(GRACE_S if broken is None else 0.0)
     finally:
-        await _cancel([*links, stopping])
-        died = stepping.done() and not stepping.cancelled() and stepping.exception()
-        await _cancel([stepping])
-    if died:
-        log.critical("the step loop died: %r", died)
-        raise died
+        await _cancel([*background, stopping])
+    if broken is not None:
+        cause = None if broken.cancelled() else broken.exception()
+        raise InvariantViolation(f"a part of the worker ended by itself: {cause!r}") from cause
 
 
 def _addresses(worker: WorkerDescription) -> dict[str, str]:

@@ -1,0 +1,18 @@
+"""What a worker reports while it works; telemetry turns it into metrics."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class WorkerMeter(Protocol):
+    """Receives measurements. telemetry/metrics.py implements it."""
+
+    def observe_step(self, kind: str, seconds: float, rows: int, tokens: int) -> None:
+        """One forward pass, "extend" or "decode"."""
+
+    def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
+        """A hand-off is complete."""
+
+    def handoff_failed(self) -> None:
+        """A hand-off broke, or what arrived could not be used."""

@@ -1,0 +1,141 @@
+"""The decode loop: steps that fail or block, and requests that leave at the wrong moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+
+from stateferry.cache.state_cache import StateCache
+from stateferry.core.clock import SystemClock
+from stateferry.core.errors import InvariantViolation, Overloaded
+from stateferry.core.request import Continuation
+from stateferry.core.sampling import FinishReason, SamplingParams, StopConditions
+from stateferry.decode.loop import DecodeLoop
+from stateferry.scheduler.decode import DecodeScheduler
+from support.scripted_runner import Gate, NullMeter, ScriptedRunner
+from support.small_cache import small_cache
+
+
+@dataclass
+class Bench:
+    loop: DecodeLoop
+    runner: ScriptedRunner
+    cache: StateCache
+
+    async def run(self, name: str, max_tokens: int = 4) -> list[int]:
+        """Indices of the tokens of one request, from admission to its end."""
+        self.loop.admit(name)
+        try:
+            await self.loop.reserved(name)
+            stop = StopConditions(max_tokens, 0, frozenset())
+            wanted = Continuation(name, SamplingParams(0.0, 0, 1.0, 0, None), stop)
+            steps = [step async for step in self.loop.decode(wanted, first_token_id=7)]
+            assert steps[-1].finish_reason is FinishReason.LENGTH
+            return [step.index for step in steps]
+        finally:
+            self.loop.abort(name)
+
+    @property
+    def slots_free(self) -> int:
+        self.cache.check_conserved()
+        return self.cache.state_slots.free
+
+
+@pytest_asyncio.fixture
+async def bench() -> AsyncIterator[Bench]:
+    cache, runner = small_cache(), ScriptedRunner()
+    with ThreadPoolExecutor(1) as executor:
+        loop = DecodeLoop(
+            DecodeScheduler(cache, max_waiting=3),
+            cache,
+            runner,  # type: ignore[arg-type]
+            executor,
+            SystemClock(),
+            NullMeter(),
+        )
+        running = asyncio.ensure_future(loop.run())
+        yield Bench(loop, runner, cache)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    assert not loop._streams and not loop._reserving, "the loop still holds requests"
+    assert cache.state_slots.free == cache.state_slots.total
+
+
+async def entered(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.entered.wait, 5)
+
+
+async def test_streams_every_index_once(bench: Bench) -> None:
+    assert await bench.run("a", max_tokens=6) == [1, 2, 3, 4, 5]
+    assert bench.slots_free == 4
+
+
+async def test_more_requests_than_memory_wait_their_turn(bench: Bench) -> None:
+    results = await asyncio.gather(*(bench.run(f"r{n}") for n in range(5)))
+    assert results == [[1, 2, 3]] * 5
+
+
+async def test_a_failed_step_fails_its_requests_and_no_others(bench: Bench) -> None:
+    def explode() -> None:
+        bench.runner.before = lambda: None
+        raise RuntimeError("bad weather")
+
+    bench.runner.before = explode
+    with pytest.raises(InvariantViolation):
+        await bench.run("a")
+    assert await bench.run("b") == [1, 2, 3]
+
+
+async def test_an_untrustworthy_token_ends_the_stream_with_an_error(bench: Bench) -> None:
+    bench.runner.broken_indices = {2}
+    with pytest.raises(InvariantViolation, match="trustworthy"):
+        await bench.run("a")
+    assert bench.slots_free == 4
+
+
+async def test_cancel_during_a_step_frees_after_it(bench: Bench) -> None:
+    gate = Gate()
+    bench.runner.before = gate
+    running = asyncio.ensure_future(bench.run("a"))
+    await entered(gate)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert bench.slots_free == 2, "freed while the step could still write"
+    bench.runner.before = lambda: None
+    gate.open()
+    while bench.slots_free != 4:
+        await asyncio.sleep(0.001)
+
+
+async def test_cancel_while_waiting_for_memory(bench: Bench) -> None:
+    gate = Gate()
+    bench.runner.before = gate
+    busy = [asyncio.ensure_future(bench.run(name)) for name in "ab"]
+    await entered(gate)
+    waiting = asyncio.ensure_future(bench.run("c"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    gate.open()
+    assert await asyncio.gather(*busy) == [[1, 2, 3]] * 2
+
+
+async def test_the_queue_is_bounded_and_a_refusal_holds_nothing(bench: Bench) -> None:
+    for name in "abcde":
+        bench.loop.admit(name)
+    with pytest.raises(Overloaded):
+        bench.loop.admit("f")
+    with pytest.raises(InvariantViolation, match="twice"):
+        bench.loop.admit("a")
+    for name in "abcde":
+        bench.loop.abort(name)
+    assert bench.slots_free == 4
