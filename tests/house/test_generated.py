@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,20 @@ def test_generated_grpc_code_is_current(repository: Path, tmp_path: Path) -> Non
     assert not stale, f"run `make proto`: {stale}"
 
 
-def test_every_method_of_the_api_has_a_comment(repository: Path) -> None:
-    bare = []
+_NEEDS_COMMENT = re.compile(r"\s+(rpc |(optional |repeated )?[\w.]+ \w+ = \d+;)")
+
+
+def test_every_method_and_field_of_the_api_has_a_comment(repository: Path) -> None:
+    bare, seen = [], 0
     for path in sorted(repository.glob("proto/stateferry/v1/*.proto")):
         lines = path.read_text(encoding="utf-8").splitlines()
         for previous, line in itertools.pairwise(lines):
-            if line.strip().startswith("rpc ") and not previous.strip().startswith("//"):
-                bare.append(f"{path.name}: {line.strip()}")
+            if _NEEDS_COMMENT.match(line):
+                seen += 1
+                if not previous.strip().startswith("//"):
+                    bare.append(f"{path.name}: {line.strip()}")
     assert not bare, "\n".join(bare)
+    assert seen > 100
 
 
 def test_the_settings_page_is_current(repository: Path) -> None:
