@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,18 +36,22 @@ LIMITS = TransferLimits(
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ucx: needs ucxx and two processes")
-
-
 @dataclass
 class Faults:
     """What goes wrong on a sender's connections. ``on_send`` gets the message's number and bytes;
     it returns what to send instead, and may wait for ever or raise."""
 
     on_send: Callable[[int, Bytes], Any] | None = None
-    sent: int = 0
     links: list[Link] = field(default_factory=list)
+
+    @staticmethod
+    def stall_at(number: int) -> Callable[[int, Bytes], Any]:
+        async def on_send(n: int, data: Bytes) -> Bytes:
+            if n == number:
+                await asyncio.sleep(3600)
+            return data
+
+        return on_send
 
 
 class FaultyLink:
@@ -156,6 +161,30 @@ class Cluster:
                 segment_from_tensor("tail_x", layer, tail),
             ]
         return segments
+
+    @contextlib.contextmanager
+    def changed_limits(self, **values: Any) -> Iterator[None]:
+        """Other limits for a while; the dataclass is frozen for everybody but tests."""
+        before = {name: getattr(self.limits, name) for name in values}
+        for name, value in values.items():
+            object.__setattr__(self.limits, name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                object.__setattr__(self.limits, name, value)
+
+    @staticmethod
+    async def wait_for(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    @staticmethod
+    def end_stalled_operations() -> None:
+        for task in asyncio.all_tasks():
+            if "FaultyLink.send" in repr(task.get_coro()):
+                task.cancel()
 
     async def staging_is_free(self) -> None:
         """Everything comes back, at the latest when the last deadline has passed."""

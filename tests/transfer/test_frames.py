@@ -74,6 +74,14 @@ def test_garbage_is_refused() -> None:
             decode_frame(memoryview(rng.choice((b"", b"SFHO")) + garbage))
 
 
+def test_a_claimed_length_is_refused_before_it_is_used() -> None:
+    message = bytearray(encode_frame(Frame(FrameType.HELLO, 0, b"body")) + bytes(1000))
+    for claimed in (1005, 0xFFFFFFFF):
+        message[12:16] = claimed.to_bytes(4, "little")
+        with pytest.raises(FrameError, match="claims a body"):
+            decode_frame(memoryview(message))
+
+
 def test_mutated_hello_bodies_raise_nothing_but_frame_error() -> None:
     rng = random.Random(8)
     body = encode_hello(HELLO)

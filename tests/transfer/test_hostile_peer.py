@@ -181,11 +181,26 @@ async def test_every_flipped_bit_of_the_data_is_found(cluster: Any) -> None:
     "frame_type", [t for t in FrameType if t not in (FrameType.PUSH, FrameType.BYE)]
 )
 async def test_messages_out_of_turn(cluster: Any, frame_type: FrameType) -> None:
+    expectation = cluster.expect("target")
     peer = await RawPeer.connect(cluster)
     await peer.greet()
-    await peer.send(encode_frame(Frame(frame_type, 1, b"")))
+    await peer.send(encode_frame(Frame(frame_type, 1, push_body(cluster, "target"))))
     assert await peer.is_dropped()
+    assert expectation.is_free
+    expectation.cancel()
     await cluster.serves("next")
+
+
+async def test_data_that_never_comes_costs_one_deadline(cluster: Any) -> None:
+    expectation = cluster.expect("target")
+    peer = await RawPeer.connect(cluster)
+    await peer.greet()
+    await peer.send(encode_frame(Frame(FrameType.PUSH, 1, push_body(cluster, "target"))))
+    assert (await peer.channel.read(TIMEOUT_S)).type is FrameType.CREDIT
+    with pytest.raises(PeerLost, match="no progress"):
+        await expectation.sealed(TIMEOUT_S)
+    await cluster.staging_is_free()
+    assert await peer.is_dropped()
 
 
 async def test_push_without_hello_is_dropped(cluster: Any) -> None:
@@ -194,6 +209,19 @@ async def test_push_without_hello_is_dropped(cluster: Any) -> None:
     await peer.send(encode_frame(Frame(FrameType.PUSH, 1, push_body(cluster, "target"))))
     assert await peer.is_dropped()
     cluster.receiver._shared.book.fail_all(PeerLost("end of test"))
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 4, 19])
+async def test_short_message_is_not_completed_by_an_older_one(
+    cluster: Any, size_bytes: int
+) -> None:
+    peer = await RawPeer.connect(cluster)
+    await peer.greet()
+    message = encode_frame(Frame(FrameType.PUSH, 1, push_body(cluster, "unexpected")))
+    await peer.send(message)
+    assert (await peer.channel.read(TIMEOUT_S)).type is FrameType.REJECT
+    await peer.send(message[:size_bytes])
+    assert await peer.is_dropped()
 
 
 async def test_silent_connection_is_dropped(cluster: Any) -> None:

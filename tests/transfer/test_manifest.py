@@ -25,7 +25,7 @@ from stateferry.transfer.manifest import (
 
 SPEC = SegmentSpec(SegmentKind.SSM_STATE, 3, "float32", (2, 3, 4), 96, 0xDEADBEEF)
 MANIFEST = Manifest(
-    "req-1",
+    "req-1/0123456789abcdef",
     2,
     WorkerKey("prefill-0", 2**63 - 1),
     WorkerKey("decode-0", 1),
@@ -49,7 +49,7 @@ def test_largest_manifest_fits_in_a_control_message() -> None:
     )
     worker = WorkerKey("w" * 256, 2**64 - 1)
     payload = bytes(PAYLOAD_MAX_BYTES)
-    manifest = Manifest("r" * 128, 2**32 - 1, worker, worker, payload, specs)
+    manifest = Manifest("r" * 200, 2**32 - 1, worker, worker, payload, specs)
     frame = Frame(FrameType.PUSH, 1, encode_manifest(manifest))
     assert decode_manifest(decode_frame(memoryview(encode_frame(frame))).body) == manifest
 
@@ -59,6 +59,9 @@ def test_largest_manifest_fits_in_a_control_message() -> None:
     [
         {"request_id": "a b"},
         {"request_id": ""},
+        {"request_id": "line\nbreak"},
+        {"request_id": "\u00e4"},
+        {"request_id": "r" * 201},
         {"epoch": -1},
         {"epoch": 2**32},
         {"payload": bytes((16 << 10) + 1)},

@@ -78,7 +78,7 @@ class Peer:
         self.close()
         return at_s
 
-    def close(self, timeout_s: float = 5.0) -> int:
+    def close(self, timeout_s: float = 10.0) -> int:
         """End of input; the process must end by itself. Returns its exit code."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -122,26 +122,49 @@ def receiver() -> Iterator[Peer]:
     while True:
         peer.tell(do="snapshot")
         snapshot = peer.wait("staging_in_use_bytes")
-        if snapshot["connections"] == 0 or time.monotonic() > deadline_s:
+        if not any(snapshot.values()) or time.monotonic() > deadline_s:
             break
         time.sleep(0.05)
-    assert (snapshot["staging_in_use_bytes"], snapshot["connections"]) == (0, 0)
+    # ucxx keeps the exceptions it raised; their frames must not keep our links and buffers.
+    assert snapshot == {"staging_in_use_bytes": 0, "connections": 0, "links": 0}
     assert peer.close() == 0
 
 
 @pytest.fixture(scope="module")
-def address(receiver: Peer) -> str:
-    return str(receiver.wait("address", timeout_s=START_S)["address"])
+def started(receiver: Peer) -> dict[str, Any]:
+    """What the receiver said when it began to listen."""
+    return receiver.wait("address", timeout_s=START_S)
 
 
-def expect(receiver: Peer, rid: str, sender: str, max_bytes: int = BIG_BYTES) -> None:
-    receiver.tell(do="expect", rid=rid, sender=sender, max_bytes=max_bytes)
+@pytest.fixture(scope="module")
+def address(started: dict[str, Any]) -> str:
+    return str(started["address"])
+
+
+@pytest.fixture(scope="module")
+def sender(receiver: Peer) -> Iterator[Peer]:
+    """Lives through all that happens to its receivers."""
+    peer = Peer("uvloop", "sender", "steady")
+    peer.wait("ready", timeout_s=START_S)
+    yield peer
+    assert peer.close() == 0
+
+
+def expect(receiver: Peer, rid: str, sender: str = "steady") -> None:
+    receiver.tell(do="expect", rid=rid, sender=sender, max_bytes=BIG_BYTES)
     receiver.wait("expecting", rid)
 
 
-def check_handoff(receiver: Peer, sender: Peer, name: str, rid: str, size_bytes: int) -> None:
+def check_handoff(
+    receiver: Peer,
+    sender: Peer,
+    address: str,
+    rid: str,
+    size_bytes: int = SMALL_BYTES,
+    name: str = "steady",
+) -> None:
     expect(receiver, rid, name)
-    sender.tell(do="push", rids=[rid], size_bytes=size_bytes)
+    sender.tell(do="push", address=address, rids=[rid], size_bytes=size_bytes)
     pushed, sealed = sender.wait("pushed"), receiver.wait("sealed", rid)
     assert pushed["digest"] == sealed["digest"]
     assert pushed["transport"] == sealed["transport"] == "ucx"
@@ -149,114 +172,109 @@ def check_handoff(receiver: Peer, sender: Peer, name: str, rid: str, size_bytes:
     assert sealed["payload"] == "payload"
 
 
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_bytes_arrive_over_ucx(receiver: Peer, address: str, start: Starter, loop: str) -> None:
-    sender = start(loop, "sender", f"happy-{loop}", address)
-    sender.wait("ready", timeout_s=START_S)
-    for size_bytes in (1, SMALL_BYTES, BIG_BYTES):
-        rid = f"{loop}-{size_bytes}"
-        check_handoff(receiver, sender, f"happy-{loop}", rid, size_bytes)
-    assert sender.close() == 0
+@pytest.mark.parametrize("size_bytes", [1, SMALL_BYTES, BIG_BYTES])
+def test_bytes_arrive_over_ucx(receiver: Peer, sender: Peer, address: str, size_bytes: int) -> None:
+    check_handoff(receiver, sender, address, f"size-{size_bytes}", size_bytes)
 
 
-def test_receiver_says_which_transports_it_has(start: Starter) -> None:
-    peer = start("uvloop", "receiver")
-    described = peer.wait("describe", timeout_s=START_S)["describe"]
-    assert described.startswith("ucx 1.")
-    assert {"tcp", "cma", "posix"} <= set(described.split(": ")[1].split(", "))
+def test_receiver_says_which_transports_it_has(started: dict[str, Any]) -> None:
+    version, transports = started["describe"].split(": ")
+    assert version.startswith("ucx 1.")
+    assert {"tcp", "cma", "posix"} <= set(transports.split(", "))
 
 
-@pytest.mark.parametrize("stall_at", [1, 2, 4])
-def test_sender_killed_in_the_middle_of_a_push(
-    receiver: Peer, address: str, start: Starter, stall_at: int
+def test_idle_connections_cost_little(receiver: Peer, sender: Peer, address: str) -> None:
+    check_handoff(receiver, sender, address, "idle")
+    receiver.tell(do="idle", seconds=1.0)
+    assert receiver.wait("cpu_share")["cpu_share"] < 0.25
+
+
+def test_the_plain_event_loop_and_a_process_that_forgets_to_close(
+    receiver: Peer, address: str, start: Starter
 ) -> None:
-    """Before the manifest (1 is PUSH), before the first and between two DATA messages."""
-    other = start("uvloop", "sender", f"other-{stall_at}", address)
-    victim = start("uvloop", "sender", f"victim-{stall_at}", address)
-    for peer in (other, victim):
-        peer.wait("ready", timeout_s=START_S)
-    rid = f"killed-{stall_at}"
-    expect(receiver, rid, f"victim-{stall_at}")
-    victim.tell(do="push", rids=[rid], size_bytes=BIG_BYTES, stall_at=stall_at)
+    crasher = start("asyncio", "sender", "crasher")
+    crasher.wait("ready", timeout_s=START_S)
+    check_handoff(receiver, crasher, address, "before-crash", name="crasher")
+    crasher.tell(do="crash")
+    assert crasher.close() == 3
+    start.peers.remove(crasher)
+
+
+@pytest.mark.parametrize("stall_at", [2, 4])
+def test_sender_killed_in_the_middle_of_a_push(
+    receiver: Peer, sender: Peer, address: str, start: Starter, stall_at: int
+) -> None:
+    """Before the first DATA message (0 is HELLO, 1 is PUSH), and between two of them."""
+    name = f"victim-{stall_at}"
+    victim = start("uvloop", "sender", name)
+    victim.wait("ready", timeout_s=START_S)
+    expect(receiver, name, name)
+    victim.tell(do="push", address=address, rids=[name], size_bytes=BIG_BYTES, stall_at=stall_at)
     victim.wait("stalled")
     killed_at_s = victim.kill()
-    if stall_at > 1:
-        failed = receiver.wait("failed", rid)
-        assert failed["error"] == "PeerLost"
-        # Well below the progress deadline of 2 s: UCX itself noticed.
-        assert failed["at_s"] - killed_at_s < 1.5
-    check_handoff(receiver, other, f"other-{stall_at}", f"after-{stall_at}", SMALL_BYTES)
-    assert other.close() == 0
+    failed = receiver.wait("failed", name)
+    assert failed["error"] == "PeerLost"
+    # Well below the progress deadline of 2 s: UCX itself noticed.
+    assert failed["at_s"] - killed_at_s < 1.5
+    check_handoff(receiver, sender, address, f"after-{name}")
 
 
-def test_senders_killed_at_any_moment(receiver: Peer, address: str, start: Starter) -> None:
+def test_senders_killed_at_any_moment(
+    receiver: Peer, sender: Peer, address: str, start: Starter
+) -> None:
     """No stall: the kill hits whatever is going on among 64 MiB pushes."""
-    for n, delay_s in enumerate((0.03, 0.08, 0.16)):
-        name = f"random-{n}"
-        victim = start("uvloop", "sender", name, address)
+    victims = {name: start("uvloop", "sender", name) for name in ("random-1", "random-2")}
+    for delay_s, (name, victim) in zip((0.03, 0.1), victims.items(), strict=True):
         victim.wait("ready", timeout_s=START_S)
-        rids = [f"{name}-{m}" for m in range(40)]
+        rids = [f"{name}-{n}" for n in range(40)]
         for rid in rids:
             expect(receiver, rid, name)
-        victim.tell(do="push", rids=rids, size_bytes=BIG_BYTES)
+        victim.tell(do="push", address=address, rids=rids, size_bytes=BIG_BYTES)
         receiver.wait("sealed", rids[0])
         time.sleep(delay_s)
         victim.kill()
-    other = start("uvloop", "sender", "after-random", address)
-    other.wait("ready", timeout_s=START_S)
-    check_handoff(receiver, other, "after-random", "after-random", BIG_BYTES)
+    check_handoff(receiver, sender, address, "after-random", BIG_BYTES)
+
+
+def test_connects_given_up_at_any_moment(
+    receiver: Peer, sender: Peer, address: str, start: Starter
+) -> None:
+    """ucxx frees a buffer under UCX when a connect is cancelled: this used to end in SIGSEGV."""
+    stormy = start("uvloop", "sender", "stormy")
+    stormy.wait("ready", timeout_s=START_S)
+    stormy.tell(do="storm", address=address, connects=200)
+    outcomes = stormy.wait("storm", timeout_s=30.0)["storm"]
+    assert outcomes["given_up"] > 20
+    check_handoff(receiver, stormy, address, "after-storm", name="stormy")
+    check_handoff(receiver, sender, address, "beside-storm")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_receiver_killed_or_hung(start: Starter, how: signal.Signals) -> None:
+def test_receiver_killed_or_hung(sender: Peer, start: Starter, how: signal.Signals) -> None:
     receiver = start("uvloop", "receiver")
     address = receiver.wait("address", timeout_s=START_S)["address"]
-    sender = start("uvloop", "sender", "prefill-0", address)
-    sender.wait("ready", timeout_s=START_S)
-    check_handoff(receiver, sender, "prefill-0", "before", SMALL_BYTES)
-    rids = [f"r{n}" for n in range(200)]
+    rids = [f"r{n}" for n in range(60)]
     for rid in rids:
-        expect(receiver, rid, "prefill-0")
-    sender.tell(do="push", rids=rids, size_bytes=BIG_BYTES)
+        expect(receiver, rid)
+    sender.tell(do="push", address=address, rids=rids, size_bytes=BIG_BYTES)
     receiver.wait("sealed", rids[0])
     hit_at_s = time.time()
     receiver.process.send_signal(how)
     failed = sender.wait("failed")
     assert failed["error"] == "PeerLost"
     assert failed["at_s"] - hit_at_s < (1.5 if how is signal.SIGKILL else 3.5)
+    for rid in ("again", "and again"):
+        sender.tell(do="push", address=address, rids=[rid], size_bytes=SMALL_BYTES)
+        assert sender.wait("failed", rid)["error"] == "PeerLost"
     receiver.kill()
-    sender.tell(do="push", rids=["again"], size_bytes=SMALL_BYTES)
-    assert sender.wait("failed", "again")["error"] == "PeerLost"
-    assert sender.close() == 0
 
 
-def test_garbage_over_plain_tcp(start: Starter) -> None:
+def test_garbage_over_plain_tcp(sender: Peer, start: Starter) -> None:
     """On a receiver of its own: UCX 1.21 keeps a thread spinning after the longest of these."""
     receiver = start("uvloop", "receiver")
     address = receiver.wait("address", timeout_s=START_S)["address"]
-    sender = start("uvloop", "sender", "after-garbage", address)
     host, port = address.rsplit(":", 1)
     for garbage in (b"", b"\x00" * 64, b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000)):
         with socket.create_connection((host, int(port)), timeout=2.0) as connection:
             connection.sendall(garbage)
-    sender.wait("ready", timeout_s=START_S)
-    check_handoff(receiver, sender, "after-garbage", "after-garbage", SMALL_BYTES)
-
-
-def test_a_process_that_forgets_to_close_still_ends(
-    receiver: Peer, address: str, start: Starter
-) -> None:
-    sender = start("uvloop", "sender", "crasher", address)
-    sender.wait("ready", timeout_s=START_S)
-    check_handoff(receiver, sender, "crasher", "before-crash", SMALL_BYTES)
-    sender.tell(do="crash")
-    assert sender.close() == 3
-    start.peers.remove(sender)
-
-
-def test_idle_connections_cost_little(receiver: Peer, address: str, start: Starter) -> None:
-    sender = start("uvloop", "sender", "idle", address)
-    sender.wait("ready", timeout_s=START_S)
-    check_handoff(receiver, sender, "idle", "idle", SMALL_BYTES)
-    receiver.tell(do="idle", seconds=1.0)
-    assert receiver.wait("cpu_share")["cpu_share"] < 0.25
+    check_handoff(receiver, sender, address, "after-garbage")

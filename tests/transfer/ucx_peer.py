@@ -6,10 +6,12 @@ Reads commands as JSON lines, writes events as JSON lines.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 import json
 import os
+import random
 import resource
 import sys
 import time
@@ -19,7 +21,7 @@ import numpy as np
 import uvloop
 
 from stateferry.core.clock import SystemClock
-from stateferry.core.errors import StateferryError
+from stateferry.core.errors import PeerLost, StateferryError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.ids import WorkerKey
 from stateferry.transfer.limits import TransferLimits
@@ -27,7 +29,7 @@ from stateferry.transfer.manifest import Segment, SegmentKind
 from stateferry.transfer.receiver import HandoffReceiver
 from stateferry.transfer.sender import HandoffSender
 from stateferry.transfer.transport import Connection
-from stateferry.transfer.ucx import UcxSettings, UcxTransport
+from stateferry.transfer.ucx import UcxLink, UcxSettings, UcxTransport
 
 FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w", "l", 64, "bfloat16")
 DECODE = WorkerKey("decode-0", 1)
@@ -104,10 +106,11 @@ async def run_receiver(transport: UcxTransport) -> None:
             )
         elif command["do"] == "snapshot":
             snapshot = receiver.snapshot()
+            gc.collect()
             write(
                 staging_in_use_bytes=snapshot.staging_in_use_bytes,
                 connections=snapshot.connections,
-                frames_refused=snapshot.totals.frames_refused,
+                links=sum(isinstance(thing, UcxLink) for thing in gc.get_objects()),
             )
         elif command["do"] == "idle":
             before_s = cpu_s()
@@ -116,31 +119,58 @@ async def run_receiver(transport: UcxTransport) -> None:
     await receiver.close()
 
 
-async def run_sender(transport: UcxTransport, name: str, address: str) -> None:
+async def run_sender(transport: UcxTransport, name: str) -> None:
     me = WorkerKey(name, 1)
     sender = HandoffSender(transport, me, FINGERPRINT, LIMITS, SystemClock())
     write(ready=name)
     async for command in commands():
         if command["do"] == "crash":
             raise SystemExit(3)
-        segments = make_segments(command["size_bytes"])
-        if "stall_at" in command:
-            _stall_at(command["stall_at"])
-        try:
-            durations_s = []
-            for rid in command["rids"]:
-                receipt = await sender.push(address, DECODE, rid, 1, b"payload", segments)
-                durations_s.append(receipt.duration_s)
-            write(
-                pushed=command["rids"],
-                digest=digest(segments),
-                durations_s=durations_s,
-                size_bytes=receipt.size_bytes,
-                transport=receipt.transport,
-            )
-        except StateferryError as error:
-            write(failed=rid, error=type(error).__name__, at_s=time.time(), text=str(error))
+        if command["do"] == "storm":
+            await storm(transport, command["address"], command["connects"])
+        else:
+            await push(sender, command)
     await sender.close()
+
+
+async def push(sender: HandoffSender, command: dict[str, Any]) -> None:
+    segments = make_segments(command["size_bytes"])
+    if "stall_at" in command:
+        _stall_at(command["stall_at"])
+    durations_s = []
+    try:
+        for rid in command["rids"]:
+            receipt = await sender.push(command["address"], DECODE, rid, 1, b"payload", segments)
+            durations_s.append(receipt.duration_s)
+    except StateferryError as error:
+        write(failed=rid, error=type(error).__name__, at_s=time.time(), text=str(error))
+        return
+    write(
+        pushed=command["rids"],
+        digest=digest(segments),
+        durations_s=durations_s,
+        size_bytes=receipt.size_bytes,
+        transport=receipt.transport,
+    )
+
+
+async def storm(transport: UcxTransport, address: str, connects: int) -> None:
+    """Give up connects in all their phases, by cancellation and by deadline."""
+    rng = random.Random(1)
+    outcomes = {"connected": 0, "given_up": 0}
+    for n in range(connects):
+        timeout_s = rng.uniform(0.0, 0.01)
+        connecting = asyncio.ensure_future(transport.connect(address, timeout_s if n % 2 else 5.0))
+        await asyncio.wait({connecting}, timeout=timeout_s)
+        connecting.cancel()
+        try:
+            (await connecting).abort()
+            outcomes["connected"] += 1
+        except (PeerLost, asyncio.CancelledError):
+            outcomes["given_up"] += 1
+        # Memory that was freed too early is now somebody else's.
+        _ = [bytearray(16) for _ in range(1000)]
+    write(storm=outcomes)
 
 
 def _stall_at(number: int) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from stateferry.core.errors import FrameError
 from stateferry.transfer.frames import (
     CONTROL_MAX_BYTES,
+    HEADER_BYTES,
     Frame,
     FrameType,
     decode_frame,
@@ -32,10 +33,10 @@ class Channel:
     async def read(self, timeout_s: float | None) -> Frame:
         """The next control message. Raises PeerLost or FrameError; then the connection is broken.
 
-        Mutates the receive buffer. An old message left in it cannot pass for a new one: the first
-        byte is wiped before each receive.
+        Mutates the receive buffer. Its header is wiped first: a message that is too short must not
+        be completed by what an older one left behind.
         """
-        self._buffer[0] = 0
+        self._buffer[:HEADER_BYTES] = 0
         await self.connection.recv_into(self._buffer, timeout_s)
         try:
             return decode_frame(self._buffer.data)

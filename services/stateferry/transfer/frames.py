@@ -38,8 +38,9 @@ DATA_MESSAGE_BYTES = 16 << 20
 
 _MAGIC = b"SFHO"
 _HEADER = struct.Struct("<4sB3xIII")
+HEADER_BYTES = _HEADER.size
 _CRC = struct.Struct("<I")
-_CRC_AT = _HEADER.size - _CRC.size
+_CRC_AT = HEADER_BYTES - _CRC.size
 
 
 class FrameType(enum.Enum):
@@ -108,7 +109,7 @@ class RefusedHello:
 
 def encode_frame(frame: Frame) -> bytes:
     """The bytes of a control message. Raises FrameError when it would be too long."""
-    if _HEADER.size + len(frame.body) > CONTROL_MAX_BYTES:
+    if HEADER_BYTES + len(frame.body) > CONTROL_MAX_BYTES:
         raise FrameError(f"a {frame.type.name} of {len(frame.body)} bytes")
     head = _HEADER.pack(_MAGIC, frame.type.value, frame.sequence, len(frame.body), 0)[:_CRC_AT]
     crc = google_crc32c.extend(google_crc32c.value(head), frame.body)
@@ -120,15 +121,15 @@ def decode_frame(buffer: memoryview) -> Frame:
 
     Raises FrameError, without copying anything, for lengths that the buffer cannot hold.
     """
-    if len(buffer) < _HEADER.size:
+    if len(buffer) < HEADER_BYTES:
         raise FrameError("shorter than a header")
     magic, code, sequence, body_len, crc = _HEADER.unpack_from(buffer)
     if magic != _MAGIC:
         raise FrameError("not a message of this protocol")
-    end = _HEADER.size + body_len
+    end = HEADER_BYTES + body_len
     if end > min(len(buffer), CONTROL_MAX_BYTES):
         raise FrameError(f"claims a body of {body_len} bytes")
-    head, body = bytes(buffer[:_CRC_AT]), bytes(buffer[_HEADER.size : end])
+    head, body = bytes(buffer[:_CRC_AT]), bytes(buffer[HEADER_BYTES:end])
     if google_crc32c.extend(google_crc32c.value(head), body) != crc:
         raise FrameError("the message differs from its checksum")
     try:

@@ -113,9 +113,9 @@ class Lane:
     async def push(self, order: PushOrder) -> str:
         """Send one hand-off; returns the name of the transport once the peer has sealed it.
 
-        Raises as HandoffSender.push does. A cancelled caller stops waiting, no more: the push itself
-        goes on in the background, bounded by its deadline, and the receiver drops it. Breaking off
-        would cost every other push its connection.
+        Raises as HandoffSender.push does. A cancelled caller stops waiting, no more: a push that
+        has begun goes on in the background, bounded by its deadline, and the receiver drops it.
+        Breaking off would cost every other push its connection.
         """
         if len(self._pushes) >= self._shared.limits.max_queued_pushes:
             raise Overloaded(f"{len(self._pushes)} pushes to {self._receiver} are queued")

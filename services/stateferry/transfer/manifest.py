@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from stateferry.core.errors import FrameError, InvariantViolation
-from stateferry.core.ids import WorkerKey, is_request_id
+from stateferry.core.ids import WorkerKey
 from stateferry.transfer.blocking import Bytes
 from stateferry.transfer.wire import BodyReader, BodyWriter
 
@@ -26,6 +27,8 @@ MAX_TOTAL_BYTES = 1 << 40
 SEGMENT_ALIGN_BYTES = 64
 _MANIFEST_VERSION = 1
 _NO_LAYER = 0xFFFF
+# Workers key their books by attempt: a client's id and a nonce. Opaque here, but may be logged.
+_REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 # Codes on the wire are positions in these tables: append only.
 _DTYPES = {
@@ -193,7 +196,7 @@ def _read_spec(reader: BodyReader) -> SegmentSpec:
 
 def _check(manifest: Manifest) -> None:
     """The rules that both sides hold a manifest to."""
-    if not is_request_id(manifest.request_id):
+    if _REQUEST_ID.fullmatch(manifest.request_id) is None:
         raise FrameError("the request id is malformed")
     if len(manifest.segments) > MAX_SEGMENTS:
         raise FrameError(f"{len(manifest.segments)} segments, at most {MAX_SEGMENTS} are allowed")

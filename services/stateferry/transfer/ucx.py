@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import socket
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,8 +46,8 @@ TUNED_VARIABLES: Mapping[str, str] = {
     "UCXX_LOG_LEVEL": "fatal",
 }
 _CLOSE_PERIOD_NS = 200_000_000
-# ucxx's own limit on a connect cancels it, on either side: see UcxTransport.connect.
-_NEVER = None
+_ACCEPT_TIMEOUT_S = 5.0
+_KEPT_CONNECT_BUFFERS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,10 @@ class UcxLink:
         try:
             await start(self._endpoint)
         except errors.UCXMessageTruncatedError as error:
-            raise FrameError("ucx: a message is longer than its buffer") from error
+            raise FrameError("ucx: a message is longer than its buffer") from _bare(error)
         except (errors.UCXError, OSError, RuntimeError, AttributeError) as error:
             # AttributeError: the endpoint was aborted between two steps of ucxx's own code.
-            raise PeerLost(f"ucx: {type(error).__name__}: {error}") from error
+            raise PeerLost(f"ucx: {type(error).__name__}: {error}") from _bare(error)
 
 
 class UcxTransport:
@@ -108,13 +110,13 @@ class UcxTransport:
     """
 
     _open: UcxTransport | None = None
+    _buffers_kept = False
 
     def __init__(self, settings: UcxSettings) -> None:
         self._settings = settings
         self._ucxx: ModuleType | None = None
         self._listener: Any = None
         self._links: weakref.WeakSet[UcxLink] = weakref.WeakSet()
-        self._unclaimed: dict[asyncio.Task[Any], str] = {}
 
     async def listen(self, handler: Callable[[Connection], None]) -> str:
         """Returns ``host:port``. Raises ConfigError when the port cannot be had."""
@@ -126,33 +128,31 @@ class UcxTransport:
                 lambda endpoint: handler(self._connection(endpoint)),
                 port=self._settings.port,
                 endpoint_error_handling=True,
-                connect_timeout=_NEVER,
+                connect_timeout=_ACCEPT_TIMEOUT_S,
             )
         except ucxx.exceptions.UCXError as error:
             raise ConfigError("worker.transfer_port", f"UCX cannot listen: {error}") from error
         return f"{self._settings.host}:{self._listener.port}"
 
     async def connect(self, address: str, timeout_s: float) -> Connection:
-        """``address`` is ``host:port``. Raises PeerLost.
-
-        A connect is never cancelled: ucxx would free a buffer that UCX still writes to, and the
-        heap of this process with it. UCX itself ends all attempts but those to a hung peer; one of
-        those that nobody waits for any more is taken up by the next call for its address.
-        """
+        """``address`` is ``host:port``. Raises PeerLost."""
         ucxx = self._start()
-        opening = self._take_unclaimed(address) or asyncio.ensure_future(_open(ucxx, address))
+        host, _, port = address.rpartition(":")
         try:
-            await asyncio.wait({opening}, timeout=timeout_s)
-        except asyncio.CancelledError:
-            self._leave(address, opening)
-            raise
-        if not opening.done():
-            self._leave(address, opening)
-            raise PeerLost(f"ucx: no connection to {address} within {timeout_s} s")
-        try:
-            return self._connection(opening.result())
+            async with asyncio.timeout(timeout_s):
+                # ucxx would resolve a name on the event loop.
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM
+                )
+                endpoint = await ucxx.create_endpoint(
+                    found[0][4][0],
+                    int(port),
+                    endpoint_error_handling=True,
+                    connect_timeout=timeout_s,
+                )
         except (ucxx.exceptions.UCXError, OSError, RuntimeError, ValueError) as error:
-            raise PeerLost(f"ucx: cannot connect to {address}: {error!r}") from error
+            raise PeerLost(f"ucx: cannot connect to {address}: {error!r}") from _bare(error)
+        return self._connection(endpoint)
 
     def describe(self) -> str:
         """The UCX version and the transports it may use in this process."""
@@ -179,23 +179,6 @@ class UcxTransport:
             log.debug("ucx: %s", error)
         UcxTransport._open = None
 
-    def _take_unclaimed(self, address: str) -> asyncio.Task[Any] | None:
-        for opening, its_address in self._unclaimed.items():
-            if its_address == address:
-                del self._unclaimed[opening]
-                return opening
-        return None
-
-    def _leave(self, address: str, opening: asyncio.Task[Any]) -> None:
-        self._unclaimed[opening] = address
-        opening.add_done_callback(self._drop_unclaimed)
-
-    def _drop_unclaimed(self, opening: asyncio.Task[Any]) -> None:
-        if self._unclaimed.pop(opening, None) is None:
-            return
-        if not opening.cancelled() and opening.exception() is None:
-            opening.result().abort(period=_CLOSE_PERIOD_NS, max_attempts=1)
-
     def _connection(self, endpoint: Any) -> Connection:
         if self._ucxx is None:
             raise PeerLost("ucx: the transport is closed")
@@ -216,21 +199,39 @@ class UcxTransport:
         # "thread" with futures is the one mode that leaves the cores to the model while idle.
         ucxx.init(progress_mode="thread", enable_python_future=True)
         _stop_notifier_at_exit(ucxx)
+        if not UcxTransport._buffers_kept:
+            _keep_connect_buffers()
+            UcxTransport._buffers_kept = True
         UcxTransport._open = self
         self._ucxx = ucxx
         return self._ucxx
 
 
-async def _open(ucxx: ModuleType, address: str) -> Any:
-    """A new endpoint. Not to be cancelled."""
-    host, _, port = address.rpartition(":")
-    # ucxx would resolve a name on the event loop.
-    found = await asyncio.get_running_loop().getaddrinfo(
-        host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM
-    )
-    return await ucxx.create_endpoint(
-        found[0][4][0], int(port), endpoint_error_handling=True, connect_timeout=_NEVER
-    )
+def _bare(error: Exception) -> Exception:
+    """``error`` without its traceback.
+
+    ucxx 0.52 never lets go of the exceptions it raises; their frames would keep every buffer and
+    endpoint that ever failed.
+    """
+    return error.with_traceback(None)
+
+
+def _keep_connect_buffers() -> None:
+    """Make a connect safe to give up, on either side.
+
+    A connect that is cancelled, also by ucxx's own time limit, frees the 16 bytes that the peer's
+    answer is to be received into, but UCX still writes them: measured, a dozen cancelled connects
+    end in SIGSEGV. So these buffers live on until thousands of later connects have come.
+    """
+    exchange: Any = importlib.import_module("ucxx._lib_async.exchange_peer_info")
+    make_array = exchange.Array
+    kept: deque[Any] = deque(maxlen=_KEPT_CONNECT_BUFFERS)
+
+    def make_kept_array(memory: Any) -> Any:
+        kept.append(make_array(memory))
+        return kept[-1]
+
+    exchange.Array = make_kept_array
 
 
 def _stop_notifier_at_exit(ucxx: ModuleType) -> None:
