@@ -261,3 +261,20 @@ async def test_kinds_are_those_of_the_pool() -> None:
     from stateferry_kernels.layer_state import LayerState
 
     assert {f.name for f in fields(LayerState)} <= {kind.value for kind in SegmentKind}
+
+
+async def test_a_prepared_connection_is_the_one_that_is_used(cluster: Any, faults: Any) -> None:
+    sender = cluster.sender(faults=faults)
+    sender.prepare(cluster.address, cluster.decode)
+    sender.prepare(cluster.address, cluster.decode)
+    await cluster.serves("r1", sender)
+    sender.prepare(cluster.address, cluster.decode)
+    assert len(faults.links) == 1
+
+
+async def test_a_failed_preparation_shows_at_the_push(cluster: Any) -> None:
+    sender = cluster.sender(layout="other")
+    sender.prepare(cluster.address, cluster.decode)
+    await asyncio.sleep(0.05)
+    with pytest.raises(HandshakeMismatch, match="layout"):
+        await cluster.push(sender, "r1")

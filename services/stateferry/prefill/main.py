@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import grpc
@@ -21,6 +22,8 @@ from stateferry.worker.host import WorkerHost
 from stateferry.worker.links import build_transport, transfer_limits
 from stateferry.worker.process import Announce, serve_until_stopped
 
+log = logging.getLogger(__name__)
+
 
 async def run_prefill(
     config: Config, host: WorkerHost, announce: Announce, stop: asyncio.Event
@@ -35,6 +38,8 @@ async def run_prefill(
     )
     loop = PrefillLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
     transport = build_transport(config.transfer, config.worker.host, port=0)
+    # Now, not at the first hand-off: loading UCX takes half a second.
+    log.info("transfer: %s", transport.describe())
     sender = HandoffSender(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )

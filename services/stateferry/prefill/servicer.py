@@ -68,6 +68,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._loop.submit(wanted)
         # Only from here on is there anything of this attempt to give back.
         try:
+            if ticket.decode is not None and ticket.transfer_address is not None:
+                self._sender.prepare(ticket.transfer_address, ticket.decode)
             computed = await self._loop.computed(wanted.request_id)
             finish = wanted.stop.check(computed.token.token_id, 1)
             first = self._first_token_event(computed)

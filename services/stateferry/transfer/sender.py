@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class HandoffSender:
         )
         self._clock = clock
         self._lanes: dict[tuple[str, WorkerKey], Lane] = {}
+        self._preparing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._sealed = 0
         self._failed = 0
@@ -92,6 +94,14 @@ class HandoffSender:
         self._pushed_bytes += size_bytes
         return PushReceipt(size_bytes, self._clock.monotonic_s() - started_s, transport)
 
+    def prepare(self, address: str, receiver: WorkerKey) -> None:
+        """Begin to connect, ahead of a push that is sure to come. What fails shows at the push."""
+        lane = self._lane(address, receiver)
+        if not lane.connected and not lane.busy:
+            task = asyncio.ensure_future(lane.connect())
+            self._preparing.add(task)
+            task.add_done_callback(self._prepared)
+
     async def connect(self, address: str, receiver: WorkerKey) -> None:
         """Connect and compare fingerprints ahead of the first push.
 
@@ -124,6 +134,12 @@ class HandoffSender:
             self._make_room()
             lane = self._lanes[(address, receiver)] = Lane(address, receiver, self._shared)
         return lane
+
+    def _prepared(self, task: asyncio.Task[None]) -> None:
+        self._preparing.discard(task)
+        if not task.cancelled():
+            # Take it: the push will meet the same trouble and report it.
+            task.exception()
 
     def _make_room(self) -> None:
         """Forget lanes without a connection: receivers that restart leave one behind each time."""

@@ -6,7 +6,6 @@ from stateferry.cache.state_pool import StatePool
 from stateferry.config import TransferSection
 from stateferry.core.errors import ConfigError
 from stateferry.transfer.limits import TransferLimits
-from stateferry.transfer.transport import Transport
 from stateferry.transfer.ucx import TUNED_VARIABLES, UcxSettings, UcxTransport
 
 
@@ -20,7 +19,7 @@ def transfer_limits(section: TransferSection) -> TransferLimits:
     )
 
 
-def build_transport(section: TransferSection, host: str, port: int) -> Transport:
+def build_transport(section: TransferSection, host: str, port: int) -> UcxTransport:
     """UCX; should it listen, then on ``port``, known to peers as ``host``."""
     variables = dict(TUNED_VARIABLES)
     if section.ucx_tls:

@@ -13,8 +13,16 @@ from stateferry.cache import state_cache
 from stateferry.cache.state_cache import StateCache
 from stateferry.cache.state_pool import StatePool, layout_fingerprint
 from stateferry.config import ModelSection, WorkerSection
-from stateferry.core.errors import ConfigError
+from stateferry.core.errors import ConfigError, ModelError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
+from stateferry.core.sampling import SamplingParams
+from stateferry.engine.forward_batch import (
+    DecodeBatch,
+    DecodeInput,
+    ExtendBatch,
+    ExtendRow,
+    SampleSpec,
+)
 from stateferry.engine.runner import ModelRunner
 from stateferry.models.registry import load_model
 from stateferry.models.weights import weights_fingerprint
@@ -66,9 +74,11 @@ def build_engine(
         num_pages=state_cache.num_pages(worker.max_requests),
     )
     log.info("state pools: %d sequences, %.1f MB", worker.max_requests, pool.size_bytes() / 1e6)
+    runner, cache = ModelRunner(loaded, pool), StateCache(pool, worker.max_requests)
+    _try_out(runner, cache, grid)
     return EngineParts(
-        runner=ModelRunner(loaded, pool),
-        cache=StateCache(pool, worker.max_requests),
+        runner=runner,
+        cache=cache,
         grid=grid,
         fingerprint=Fingerprint(
             protocol=PROTOCOL_VERSION,
@@ -81,3 +91,18 @@ def build_engine(
         limits=ModelLimits(loaded.config.vocab_size, model.max_context_tokens),
         kernels=kernels.name,
     )
+
+
+def _try_out(runner: ModelRunner, cache: StateCache, grid: int) -> None:
+    """Run one prompt across a grid point and one decode row, before anybody is told to come.
+
+    It also pays for what a process does only once. Raises ModelError when no token comes out.
+    """
+    spec = SampleSpec(SamplingParams(0.0, 0, 1.0, 0, None), index=0)
+    cache.reserve("try-out")
+    lease = cache.lease("try-out")
+    tokens = runner.extend(ExtendBatch((ExtendRow(lease, (0,) * (grid + 1), spec),)))
+    tokens += runner.decode(DecodeBatch((DecodeInput(lease, 0, spec),)))
+    cache.release("try-out")
+    if None in tokens:
+        raise ModelError("the model gives logits that are not finite")
