@@ -29,9 +29,9 @@ from stateferry.local.terminal import printable
 from stateferry.local.view import ClusterView
 
 PROMPTS = (
-    "The sea is",
-    "A river that flows through the mountains",
-    "In the beginning of the century, the people of the city",
+    "It was a bright cold morning, and",
+    "She had never been so happy",
+    "When the server receives a request, it",
 )
 # Seeded, so that two runs print the same text; a little warmth reads better than greedy.
 # At least 16 tokens: a model that ends its text at once would leave nothing to hand off.

@@ -40,7 +40,7 @@ def serve(config: Config, prefill: int, decode: int, *, show_logs: bool = True) 
         view.started()
         console.print(address_table(cluster.addresses, cluster.pids))
         console.print(
-            f'Try: stateferry generate "The sea is" --router {cluster.router_address}',
+            f'Try: stateferry generate "It was a bright cold morning, and" --router {cluster.router_address}',
             soft_wrap=True,
             highlight=False,
         )
