@@ -14,12 +14,11 @@ from stateferry.core import errors
 
 _CODES: tuple[tuple[type[errors.StateferryError], grpc.StatusCode], ...] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.TicketError, grpc.StatusCode.PERMISSION_DENIED),
-    (errors.HandshakeMismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.Refused, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.HandoffError, grpc.StatusCode.DATA_LOSS),
     (errors.ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
 )

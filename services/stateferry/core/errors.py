@@ -5,7 +5,6 @@
     StateferryError
       + ConfigError             a setting is wrong; the message names the key
       + InvalidRequest          the caller sent something we will never accept; names the field
-      + NotFound                the caller named something that does not exist
       + Overloaded              a bounded queue or pool is full; try again later
       + DeadlineExceeded        time ran out before the work was done
       + Unavailable             somebody we need is not there now
@@ -43,10 +42,6 @@ class InvalidRequest(StateferryError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
-
-
-class NotFound(StateferryError):
-    """The caller named a thing that does not exist."""
 
 
 class Overloaded(StateferryError):
