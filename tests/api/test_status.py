@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
+
 from stateferry.api.status import code_of
 from stateferry.core import errors
 

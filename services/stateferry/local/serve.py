@@ -40,7 +40,8 @@ def serve(config: Config, prefill: int, decode: int, *, show_logs: bool = True) 
         view.started()
         console.print(address_table(cluster.addresses, cluster.pids))
         console.print(
-            f'Try: stateferry generate "It was a bright cold morning, and" --router {cluster.router_address}',
+            'Try: stateferry generate "It was a bright cold morning, and" '
+            f"--router {cluster.router_address}",
             soft_wrap=True,
             highlight=False,
         )
