@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stateferry.core.errors import ModelError
+from stateferry.core.weight_files import weight_files, weights_fingerprint
 from stateferry.models.registry import load_model
-from stateferry.models.weights import weight_files, weights_fingerprint
 from stateferry_kernels.dispatch import select_kernels
 from support.tiny_model import write_tiny_model
 

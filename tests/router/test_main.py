@@ -38,7 +38,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def config(**overrides: object) -> Config:
-    base = {"cluster.key": KEY, "router.port": 0}
+    base = {"cluster.key": KEY, "router.port": 0, "model.grid_tokens": 32}
     return load_config(overrides={**base, **overrides}, environ={})
 
 
@@ -64,7 +64,7 @@ async def test_it_serves_until_told_to_stop(model_dir: Path) -> None:
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
         stub = inference_pb2_grpc.InferenceStub(channel)
         [model] = (await stub.ListModels(pb.ListModelsRequest())).models
-        assert (model.name, model.grid_tokens, model.vocab_size) == ("tiny", 64, 300)
+        assert (model.name, model.grid_tokens, model.vocab_size) == ("tiny", 32, 300)
         assert addresses["metrics"].startswith("127.0.0.1:")
         joined = membership_pb2_grpc.MembershipStub(channel).Join(reports())
         await joined.read()

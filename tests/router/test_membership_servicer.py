@@ -108,6 +108,13 @@ async def test_a_half_closed_stream_is_a_leaving() -> None:
             description(Role.DECODE, fingerprint=dataclasses.replace(FINGERPRINT, protocol=7)),
             "protocol",
         ),
+        (description(Role.DECODE, fingerprint=dataclasses.replace(FINGERPRINT, grid=64)), "grid"),
+        (
+            description(
+                Role.DECODE, fingerprint=dataclasses.replace(FINGERPRINT, dtype="bfloat16")
+            ),
+            "dtype",
+        ),
     ],
 )
 async def test_a_worker_that_does_not_fit_is_told_why(
@@ -118,6 +125,24 @@ async def test_a_worker_that_does_not_fit_is_told_why(
         assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert str(error.details()).startswith(field)
         assert not is_live(cluster)
+
+
+async def test_workers_with_other_weights_never_serve_side_by_side() -> None:
+    """The router has no weights of its own here, so the first worker decides."""
+    other = description(Role.PREFILL, fingerprint=dataclasses.replace(FINGERPRINT, weights="x"))
+    async with fake_cluster(nothing, nothing, join=False) as cluster:
+        call = stub_of(cluster).Join()
+        await call.write(hello())
+        await call.read()
+        error = await failure(stub_of(cluster).Join(iter([hello(other)])))
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert str(error.details()).startswith("weights: ")
+        call.cancel()
+        await cluster.until(lambda: not is_live(cluster))
+        late = stub_of(cluster).Join()
+        await late.write(hello(other))
+        assert await late.read() is not grpc.aio.EOF
+        late.cancel()
 
 
 @pytest.mark.parametrize("reports", [[beat(1)], [hello(), hello()], [hello(), None]])

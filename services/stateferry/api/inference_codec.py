@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 
-from stateferry.api.wire_fault import WHOLE_MESSAGE, largest_field, locate_fault
+from stateferry.api.wire_fault import largest_field, locate_fault, locate_unknown
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.ids import is_request_id, new_request_id
 from stateferry.core.request import GenerationRequest
@@ -144,7 +143,7 @@ def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
         field, size_bytes = largest_field(payload, pb.GenerateRequest.DESCRIPTOR)
         raise InvalidRequest(field, f"{size_bytes} bytes are more than any request may have")
     message = _parse(payload)
-    _check_known_fields(message, "")
+    _check_known_fields(message, payload)
     request_id = message.request_id or new_request_id()
     if not is_request_id(request_id):
         raise InvalidRequest("request_id", "is not 1 to 128 of [A-Za-z0-9._:-]")
@@ -246,18 +245,14 @@ def _parse(payload: bytes) -> pb.GenerateRequest:
         raise InvalidRequest(fault.field, fault.problem) from None
 
 
-def _check_known_fields(message: Message, prefix: str) -> None:
+def _check_known_fields(message: Message, payload: bytes) -> None:
     """An unknown field is something the client wants and we would silently not do."""
-    unknown_fields = UnknownFieldSet(message)
-    if len(unknown_fields):
-        number = unknown_fields[0].field_number
-        known = message.DESCRIPTOR.fields_by_number.get(number)
-        if known is not None:
-            raise InvalidRequest(prefix + known.name, "has a value of another type")
-        raise InvalidRequest(prefix.rstrip(".") or WHOLE_MESSAGE, f"unknown field number {number}")
-    for field, value in message.ListFields():
-        if field.message_type is not None and not field.is_repeated:
-            _check_known_fields(value, f"{prefix}{field.name}.")
+    size_bytes = message.ByteSize()
+    message.DiscardUnknownFields()
+    if message.ByteSize() != size_bytes:
+        # Only now the slow walk, which ends at the first one.
+        fault = locate_unknown(payload, message.DESCRIPTOR)
+        raise InvalidRequest(fault.field, fault.problem)
 
 
 def _prompt(message: pb.GenerateRequest, limits: RequestLimits) -> str | tuple[int, ...]:

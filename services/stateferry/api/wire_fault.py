@@ -16,6 +16,15 @@ _MAX_FIELDS = 20_000
 _MAX_DEPTH = 8
 _MAX_VARINT_BYTES = 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_BYTES_TYPES = frozenset(
+    {FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE}
+)
+_FIXED64_TYPES = frozenset(
+    {FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FIXED64, FieldDescriptor.TYPE_SFIXED64}
+)
+_FIXED32_TYPES = frozenset(
+    {FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_FIXED32, FieldDescriptor.TYPE_SFIXED32}
+)
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 # The type stubs know two classes of descriptor, of which one is the C implementation's.
 Descriptor = Any
@@ -49,6 +58,13 @@ def locate_fault(payload: bytes, descriptor: Descriptor) -> WireFault:
     """The first thing in ``payload`` that keeps it from being a ``descriptor`` message."""
     fault = _walk(payload, 0, len(payload), descriptor, "", 0)
     return fault or WireFault(WHOLE_MESSAGE, "is not a valid message")
+
+
+def locate_unknown(payload: bytes, descriptor: Descriptor) -> WireFault:
+    """The first field of a well-formed ``payload`` that ``descriptor`` does not know, or knows with
+    a value of another type."""
+    fault = _walk_unknown(payload, 0, len(payload), descriptor, "", 0)
+    return fault or WireFault(WHOLE_MESSAGE, "holds unknown fields")
 
 
 def largest_field(payload: bytes, descriptor: Descriptor) -> tuple[str, int]:
@@ -94,6 +110,47 @@ def _walk(
         if fault is not None:
             return fault
     return None
+
+
+def _walk_unknown(
+    payload: bytes, start: int, end: int, descriptor: Descriptor, prefix: str, depth: int
+) -> WireFault | None:
+    position = start
+    for _ in range(_MAX_FIELDS):
+        if position >= end:
+            return None
+        try:
+            field = _next_field(payload, position, end)
+        except _Malformed:
+            # A group, say: legal on the wire, and nothing that we know.
+            return WireFault(prefix.rstrip(".") or WHOLE_MESSAGE, "holds an unknown field")
+        position = field.end
+        known = descriptor.fields_by_number.get(field.number)
+        if known is None:
+            parent = prefix.rstrip(".") or WHOLE_MESSAGE
+            return WireFault(parent, f"unknown field number {field.number}")
+        path = prefix + known.name
+        if field.wire_type not in _wire_types(known):
+            return WireFault(path, "has a value of another type")
+        if known.message_type is not None and depth < _MAX_DEPTH:
+            inner = known.message_type
+            fault = _walk_unknown(payload, field.start, field.end, inner, path + ".", depth + 1)
+            if fault is not None:
+                return fault
+    return None
+
+
+def _wire_types(known: FieldDescriptor) -> tuple[int, ...]:
+    """How a field may be written; repeated numbers may also be packed."""
+    if known.type in _BYTES_TYPES:
+        return (_BYTES,)
+    if known.type in _FIXED64_TYPES:
+        own = _FIXED64
+    elif known.type in _FIXED32_TYPES:
+        own = _FIXED32
+    else:
+        own = _VARINT
+    return (own, _BYTES) if known.is_repeated else (own,)
 
 
 def _fault_in_value(

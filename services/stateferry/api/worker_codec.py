@@ -6,6 +6,7 @@ router has validated what clients sent long before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
@@ -26,6 +27,7 @@ from stateferry.core.worker import PoolCount, WorkerDescription, WorkerLoad
 from stateferry.v1 import membership_pb2, worker_pb2
 
 _JOIN = b"join"
+MAX_LOGPROBS = 20
 _ROLES = {
     Role.PREFILL: membership_pb2.WORKER_ROLE_PREFILL,
     Role.DECODE: membership_pb2.WORKER_ROLE_DECODE,
@@ -49,6 +51,13 @@ def sampling_to_pb(sampling: SamplingParams) -> worker_pb2.WorkerSampling:
 
 
 def sampling_from_pb(message: worker_pb2.WorkerSampling) -> SamplingParams:
+    """Raises InvalidRequest for values that no router of ours sends."""
+    if not 0.0 <= message.temperature < math.inf:
+        raise InvalidRequest("sampling.temperature", f"{message.temperature} is out of range")
+    if not 0.0 < message.top_p <= 1.0:
+        raise InvalidRequest("sampling.top_p", f"{message.top_p} is out of range")
+    if message.logprobs > MAX_LOGPROBS:
+        raise InvalidRequest("sampling.logprobs", f"{message.logprobs} is above {MAX_LOGPROBS}")
     return SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k,

@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 # After the last token, how long the hand-off's figures and the calls' own ends may take.
 _SETTLE_S = 0.25
+# Events of one request that may wait for a client that reads slowly; then decode waits too.
+_MAX_EVENTS_AHEAD = 1024
 
 
 @dataclass(slots=True)
@@ -122,7 +124,11 @@ class Attempt:
         guards.append(group.create_task(self._watch_decode(call)))
         guards.append(group.create_task(self._read_prefill(prefill)))
         reason = await self._forward_first()
-        return reason or await self._forward_rest(call)
+        if reason is not None:
+            return reason
+        events: asyncio.Queue[Any] = asyncio.Queue(_MAX_EVENTS_AHEAD)
+        guards.append(group.create_task(self._read_decode(call, events)))
+        return await self._forward_rest(events)
 
     async def _run_prefill_only(
         self,
@@ -186,9 +192,27 @@ class Attempt:
         # The worker applies the same rule; a client is never sent past its own limits.
         return reason or self._order.request.stop.check(token.token_id, 1)
 
-    async def _forward_rest(self, call: Any) -> FinishReason:
+    async def _read_decode(self, call: Any, events: asyncio.Queue[Any]) -> None:
+        """Takes what decode sends as it comes, so that its place is free when it has finished,
+        however slowly the client reads. A failure waits its turn behind the tokens before it."""
+        order = self._order
+        try:
+            while True:
+                event = await self._from_worker(call.read(), self._decode_name)
+                await events.put(event)
+                if event is grpc.aio.EOF or event.WhichOneof("event") == "finished":
+                    return
+        except StateferryError as error:
+            await events.put(error)
+        finally:
+            if order.seats.decode is not None:
+                order.seats.decode.release()
+
+    async def _forward_rest(self, events: asyncio.Queue[Any]) -> FinishReason:
         while True:
-            event = await self._from_worker(call.read(), self._decode_name)
+            event = await events.get()
+            if isinstance(event, StateferryError):
+                raise event
             if event is grpc.aio.EOF:
                 raise WorkerLost(f"{self._decode_name} ended its stream without finishing")
             kind = event.WhichOneof("event")

@@ -178,6 +178,12 @@ class WorkerRegistry:
             if silence_s > self._silence_limit_s:
                 self._lose(member, f"silent for {silence_s:.1f} s")
 
+    def forgive(self, seconds: float) -> None:
+        """This process itself stood still for so long: what it did not hear, it could not hear."""
+        now_s = self._clock.monotonic_s()
+        for member in self._members.values():
+            member.last_heard_s = min(now_s, member.last_heard_s + seconds)
+
     def dispatch(self, worker: WorkerDescription, tokens: int) -> Dispatch:
         """Count a request with this many prompt tokens on a live worker, from now on."""
         member = self._members[worker.key.worker_id]

@@ -18,7 +18,7 @@ import grpc
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import streams_errors
 from stateferry.core.cluster_key import ClusterKey
-from stateferry.core.errors import HandshakeMismatch, InvalidRequest
+from stateferry.core.errors import InvalidRequest
 from stateferry.core.ids import Role
 from stateferry.core.worker import WorkerDescription
 from stateferry.router.membership import Registration, WorkerRegistry
@@ -96,11 +96,9 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
 
     def _join(self, worker: WorkerDescription) -> Registration:
         """Raises HandshakeMismatch where the worker does not serve this router's model."""
-        model = self._model
-        if worker.fingerprint.model != model.name:
-            raise HandshakeMismatch("model", model.name, worker.fingerprint.model)
-        if worker.vocab_size != model.vocab_size:
-            raise HandshakeMismatch("vocab_size", model.vocab_size, worker.vocab_size)
+        live = [view for role in Role for view in self._registry.views(role)]
+        others_weights = live[0].description.fingerprint.weights if live else None
+        self._model.check_serves(worker, others_weights)
         registration = self._registry.join(worker)
         log.info("%s worker %s joined: %s", worker.role.value, worker.key, worker.grpc_address)
         return registration

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stateferry.config import ModelSection
-from stateferry.core.errors import ModelError
+from stateferry.core.errors import HandshakeMismatch, ModelError
+from stateferry.core.weight_files import has_weights, weights_fingerprint
+from stateferry.core.worker import WorkerDescription
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,27 @@ class ModelInfo:
     max_context_tokens: int
     grid_tokens: int
     eos_token_ids: frozenset[int]
+    weights: str | None
+    dtype: str
+
+    def check_serves(self, worker: WorkerDescription, others_weights: str | None) -> None:
+        """Raises HandshakeMismatch naming what the worker serves differently: a client must get the
+        same tokens from every worker.
+
+        A router without weights of its own (``weights`` is None) holds newcomers to those of the
+        workers it has, ``others_weights``, None when it has none.
+        """
+        expected = self.weights or others_weights or worker.fingerprint.weights
+        theirs = worker.fingerprint
+        for field, mine, its in (
+            ("model", self.name, theirs.model),
+            ("vocab_size", self.vocab_size, worker.vocab_size),
+            ("weights", expected, theirs.weights),
+            ("grid", self.grid_tokens, theirs.grid),
+            ("dtype", self.dtype, theirs.dtype),
+        ):
+            if mine != its:
+                raise HandshakeMismatch(field, mine, its)
 
 
 def read_model_info(model_dir: Path, section: ModelSection) -> ModelInfo:
@@ -32,6 +55,8 @@ def read_model_info(model_dir: Path, section: ModelSection) -> ModelInfo:
         max_context_tokens=section.max_context_tokens,
         grid_tokens=section.grid_tokens or _positive(config, "chunk_size"),
         eos_token_ids=_eos_token_ids(model_dir, config, vocab_size),
+        weights=weights_fingerprint(model_dir) if has_weights(model_dir) else None,
+        dtype=section.dtype,
     )
 
 

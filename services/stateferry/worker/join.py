@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY_S = 0.1
 _LONGEST_RETRY_S = 2.0
 _DEFAULT_INTERVAL_S = 0.5
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+    }
+)
 
 
 class RouterLink:
@@ -44,27 +51,36 @@ class RouterLink:
         async with open_channel(self._router_address) as channel:
             stub = membership_pb2_grpc.MembershipStub(channel)
             while True:
-                joined = False
+                joined = asyncio.Event()
                 try:
-                    async for reply in stub.Join(self._reports()):
-                        if not joined:
+                    async for reply in stub.Join(self._reports(joined)):
+                        if not joined.is_set():
                             log.info("joined router %s", self._router_address)
-                        joined, retry_s = True, _FIRST_RETRY_S
+                        joined.set()
+                        retry_s = _FIRST_RETRY_S
                         self._interval_s = reply.heartbeat_interval_s or _DEFAULT_INTERVAL_S
                 except grpc.aio.AioRpcError as error:
-                    if joined or retry_s == _FIRST_RETRY_S:
-                        log.warning(
-                            "router %s is not reachable: %s: %s",
-                            self._router_address,
-                            error.code().name,
-                            error.details(),
-                        )
+                    if joined.is_set() or retry_s == _FIRST_RETRY_S:
+                        self._report_loss(error)
                 # Jitter, so that a restarted router is not met by all workers in one instant.
                 await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
                 retry_s = min(_LONGEST_RETRY_S, retry_s * 2)
 
-    async def _reports(self) -> AsyncIterator[membership_pb2.WorkerReport]:
+    def _report_loss(self, error: grpc.aio.AioRpcError) -> None:
+        refused = error.code() in _REFUSALS
+        log.log(
+            logging.ERROR if refused else logging.WARNING,
+            "router %s %s: %s: %s",
+            self._router_address,
+            "refuses this worker" if refused else "is not reachable",
+            error.code().name,
+            error.details(),
+        )
+
+    async def _reports(self, joined: asyncio.Event) -> AsyncIterator[membership_pb2.WorkerReport]:
         yield codec.join_report(self._description, self._key)
+        # A refusal must find no report half written, or gRPC tells of an internal error instead.
+        await joined.wait()
         while True:
             yield membership_pb2.WorkerReport(load=codec.load_to_pb(self._load()))
             await asyncio.sleep(self._interval_s)

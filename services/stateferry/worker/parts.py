@@ -16,6 +16,7 @@ from stateferry.config import ModelSection, WorkerSection
 from stateferry.core.errors import ConfigError, ModelError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.sampling import SamplingParams
+from stateferry.core.weight_files import weights_fingerprint
 from stateferry.engine.forward_batch import (
     DecodeBatch,
     DecodeInput,
@@ -25,7 +26,6 @@ from stateferry.engine.forward_batch import (
 )
 from stateferry.engine.runner import ModelRunner
 from stateferry.models.registry import load_model
-from stateferry.models.weights import weights_fingerprint
 from stateferry.worker.limits import ModelLimits
 from stateferry_kernels.dispatch import select_kernels
 
