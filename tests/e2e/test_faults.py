@@ -11,6 +11,7 @@ import pytest
 
 from stateferry.client import Client, Delta, GenerateOptions
 from stateferry.local import LocalCluster
+from stateferry.v1 import inference_pb2, inference_pb2_grpc
 from support.pools import wait_until_idle
 
 PROMPT = tuple(range(3, 103))
@@ -147,3 +148,28 @@ async def _until_dispatched(client: Client, worker_id: str) -> None:
                 return
         await asyncio.sleep(0.02)
     raise AssertionError(f"{worker_id} never got a request")
+
+
+async def test_clients_that_do_not_read_hold_no_decode_worker(cluster: LocalCluster) -> None:
+    """As many streams as decode has places, none of which is read; then a client that reads."""
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with (
+        Client(cluster.router_address) as client,
+        grpc.aio.insecure_channel(cluster.router_address, options=narrow) as channel,
+    ):
+        request = inference_pb2.GenerateRequest(logprobs=20)
+        request.token_ids.ids.extend(PROMPT)
+        request.stop.max_tokens = 300
+        request.stop.ignore_eos = True
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        stalled = [stub.Generate(request) for _ in range(24)]
+        options = GenerateOptions(max_tokens=5, ignore_eos=True, timeout_s=15)
+        tokens = 0
+        async for event in client.generate(PROMPT, options):
+            if isinstance(event, Delta):
+                tokens += len(event.token_ids)
+        assert tokens == 5
+        # Decode has finished all of them by itself, though their clients have read nothing.
+        await wait_until_idle(client, within_s=15)
+        for call in stalled:
+            call.cancel()

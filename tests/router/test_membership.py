@@ -107,6 +107,19 @@ def test_silence_of_three_intervals_is_a_loss(
     registry.join(DECODE)
 
 
+def test_a_router_that_stood_still_does_not_blame_its_workers(
+    registry: WorkerRegistry, clock: FakeClock
+) -> None:
+    registry.join(DECODE)
+    clock.now_s += 60.0
+    registry.forgive(60.0)
+    registry.sweep()
+    assert registry.is_live(DECODE.key)
+    clock.now_s += 3.1
+    registry.sweep()
+    assert not registry.is_live(DECODE.key)
+
+
 def test_busy_counts_ours_from_dispatch_and_others_from_reports(registry: WorkerRegistry) -> None:
     registration = registry.join(description(Role.PREFILL, capacity=4))
     worker = registry.views(Role.PREFILL)[0].description
