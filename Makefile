@@ -52,8 +52,8 @@ serve: $(RUNTIME) ## A cluster on this machine, until Ctrl-C; ARGS="--decode 2"
 test: $(DEV) ## All tests but the slow ones and those that need a GPU
 	@$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(DEV) ## The slow tests
-	@$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+test-slow: $(DEV) ## The slow tests; there are none yet
+	@$(RUN) -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 check: $(DEV) ## Format, lint, types, layout, contracts, generated files
 	@$(BIN)/ruff format --check .

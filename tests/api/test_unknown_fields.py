@@ -1,13 +1,12 @@
-"""Unknown fields are refused by name, in little time however many there are."""
+"""Unknown fields are refused by name, at the first one."""
 
 from __future__ import annotations
 
-import time
-
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
 
+from stateferry.api.inference_codec import RequestLimits, parse_generate
 from stateferry.api.wire_fault import WireFault, locate_unknown
+from stateferry.core.errors import InvalidRequest
 from stateferry.v1 import inference_pb2 as pb
 
 DESCRIPTOR = pb.GenerateRequest.DESCRIPTOR
@@ -43,17 +42,15 @@ def test_nothing_known_is_blamed() -> None:
     assert locate_unknown(FINE, DESCRIPTOR) == WireFault("request", "holds unknown fields")
     packed = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3])).SerializeToString()
     assert locate_unknown(packed, DESCRIPTOR).problem == "holds unknown fields"
-    assert FieldDescriptor.TYPE_STRING  # the walk's table of types is the library's
 
 
-def test_a_megabyte_of_them_costs_little() -> None:
-    from stateferry.api.inference_codec import RequestLimits, parse_generate
-    from stateferry.core.errors import InvalidRequest
+def test_the_walk_ends_at_the_first_one() -> None:
+    """However many follow, and whatever follows: the walk is a server's time."""
+    fault = locate_unknown(FINE + TAG_99 + b"\x01" + b"\xff" * 100, DESCRIPTOR)
+    assert fault == WireFault("request", "unknown field number 99")
 
+
+def test_a_megabyte_of_them_is_refused_by_name() -> None:
     limits = RequestLimits("tiny", 300, 4096, 1 << 20, frozenset())
-    payload = FINE + (TAG_99 + b"\x01") * 350_000
-    began_s = time.process_time()
     with pytest.raises(InvalidRequest, match="unknown field number 99"):
-        parse_generate(payload, limits)
-    # It took 0.3 s while a list of them all was made.
-    assert time.process_time() - began_s < 0.1
+        parse_generate(FINE + (TAG_99 + b"\x01") * 350_000, limits)

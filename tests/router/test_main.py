@@ -101,4 +101,5 @@ def test_an_unusable_config_is_named(model_dir: Path, content: str) -> None:
 def test_the_router_never_loads_torch() -> None:
     check = "import sys, stateferry.router.main; sys.exit('torch' in sys.modules)"
     source_root = str(Path(stateferry.__file__).parents[1])
-    subprocess.run([sys.executable, "-c", check], check=True, env={"PYTHONPATH": source_root})
+    done = subprocess.run([sys.executable, "-c", check], env={"PYTHONPATH": source_root})
+    assert done.returncode == 0

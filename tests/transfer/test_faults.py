@@ -200,8 +200,11 @@ async def test_waiting_for_staging_may_take_longer_than_a_deadline(cluster: Any)
     """The receiver says that it lives; a silent one would be given up after half a second."""
     with cluster.changed_limits(credit_timeout_s=5.0):
         held = await cluster.receiver._shared.staging.acquire(64 << 20, 1.0)
-        asyncio.get_running_loop().call_later(1.2, held.release)
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        loop.call_later(1.2, held.release)
         await cluster.serves("r1")
+        assert loop.time() - began_s >= 1.2, "it never had to wait"
 
 
 async def test_connections_are_bounded(cluster: Any) -> None:

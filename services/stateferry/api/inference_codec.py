@@ -18,12 +18,17 @@ from stateferry.api.wire_fault import largest_field, locate_fault, locate_unknow
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.ids import is_request_id, new_request_id
 from stateferry.core.request import GenerationRequest
-from stateferry.core.sampling import FinishReason, SampledToken, SamplingParams, StopConditions
+from stateferry.core.sampling import (
+    MAX_LOGPROBS,
+    FinishReason,
+    SampledToken,
+    SamplingParams,
+    StopConditions,
+)
 from stateferry.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS = 128
 MAX_TEMPERATURE = 100.0
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64

@@ -17,6 +17,7 @@ from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import (
+    MAX_LOGPROBS,
     FinishReason,
     SampledToken,
     SamplingParams,
@@ -27,7 +28,6 @@ from stateferry.core.worker import PoolCount, WorkerDescription, WorkerLoad
 from stateferry.v1 import membership_pb2, worker_pb2
 
 _JOIN = b"join"
-MAX_LOGPROBS = 20
 _ROLES = {
     Role.PREFILL: membership_pb2.WORKER_ROLE_PREFILL,
     Role.DECODE: membership_pb2.WORKER_ROLE_DECODE,

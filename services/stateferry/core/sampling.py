@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+# Most candidates that a token's log-probabilities may list.
+MAX_LOGPROBS = 20
+
 
 class FinishReason(enum.Enum):
     """Why a stream ended."""
