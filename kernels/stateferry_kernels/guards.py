@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from stateferry_kernels.layer_state import PAD_SLOT, LayerState, SsmLayerParams
+from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
+from stateferry_kernels.layer_state import (
+    ACTIVATION_DTYPES,
+    PAD_SLOT,
+    STATE_DTYPES,
+    ConvParams,
+    DraftRows,
+    LayerState,
+    SsmLayerParams,
+)
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
-
-ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_tensor(
@@ -21,7 +28,7 @@ def check_tensor(
     """Raises TypeError on a dtype, ValueError on a shape that is not the one wanted."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
 
 
@@ -60,6 +67,20 @@ def check_ssm_inputs(
         raise ValueError(f"{nheads} heads do not divide into {ngroups} groups")
 
 
+def check_conv_inputs(
+    xBC: torch.Tensor, conv: ConvParams, state: LayerState, out: torch.Tensor, num_rows: int
+) -> None:
+    """Raises TypeError or ValueError unless all fit: xBC and out (num_rows, conv_dim)."""
+    check_state(state)
+    conv_dim, window = state.conv_state.shape[1:]
+    dtypes = (state.conv_state.dtype,)
+    check_tensor("xBC", xBC, (num_rows, conv_dim), dtypes)
+    check_tensor("out", out, (num_rows, conv_dim), dtypes)
+    check_tensor("weight", conv.weight, (conv_dim, window + 1), ACTIVATION_DTYPES)
+    if conv.bias is not None:
+        check_tensor("bias", conv.bias, (conv_dim,), ACTIVATION_DTYPES)
+
+
 def check_params(params: SsmLayerParams, nheads: int) -> None:
     """Raises TypeError or ValueError on parameters of another layer's size."""
     check_tensor("A", params.A, (nheads,), (torch.float32,))
@@ -73,12 +94,17 @@ def check_params(params: SsmLayerParams, nheads: int) -> None:
 
 
 def check_state(state: LayerState) -> None:
-    """Raises TypeError or ValueError unless the views describe one layer of one model."""
+    """Raises TypeError or ValueError unless the views describe one layer of one model.
+
+    Views do not change, so this happens once for each.
+    """
+    if "checked" in state.cache:
+        return
     num_slots, nheads, headdim, dstate = state.ssm_state.shape
     num_pages, grid, ngroups, _ = state.tail_B.shape
     conv_dim, window = state.conv_state.shape[1:]
     activation = (state.tail_x.dtype,)
-    check_tensor("ssm_state", state.ssm_state, state.ssm_state.shape, (torch.float32,))
+    check_tensor("ssm_state", state.ssm_state, state.ssm_state.shape, STATE_DTYPES)
     check_tensor("conv_state", state.conv_state, (num_slots, conv_dim, window), activation)
     check_tensor("tail_xBC", state.tail_xBC, (num_pages, grid, conv_dim), activation)
     check_tensor("tail_x", state.tail_x, (num_pages, grid, nheads, headdim), ACTIVATION_DTYPES)
@@ -90,6 +116,20 @@ def check_state(state: LayerState) -> None:
         raise ValueError(f"a grid of {grid} is shorter than the convolution's window of {window}")
     for name in ("ssm_state", "conv_state", "tail_xBC", "tail_x", "tail_B", "tail_dt"):
         check_pool(name, getattr(state, name))
+    state.cache["checked"] = True
+
+
+def check_drafts(drafts: DraftRows, state: LayerState) -> None:
+    """Raises TypeError or ValueError unless the draft pages fit the layer's tails."""
+    if "checked" in drafts.cache:
+        return
+    num_pages, max_draft = drafts.dt.shape[:2]
+    for name in ("xBC", "x", "B", "dt"):
+        tail, draft = getattr(state, f"tail_{name}"), getattr(drafts, name)
+        shape = (num_pages, max_draft, *tail.shape[2:])
+        check_tensor(f"drafts.{name}", draft, shape, (tail.dtype,))
+        check_pool(f"drafts.{name}", draft)
+    drafts.cache["checked"] = True
 
 
 def check_extend_plan(plan: ExtendPlan, state: LayerState) -> None:
@@ -124,6 +164,34 @@ def check_commit_plan(plan: CommitPlan, state: LayerState) -> None:
     _check_range("src_slots", plan.src_slots, state.ssm_state)
     _check_range("dst_slots", plan.dst_slots, state.ssm_state)
     _check_range("tail_pages", plan.tail_pages, state.tail_dt)
+    plan.cache[key] = True
+
+
+def check_verify_plan(plan: VerifyPlan, state: LayerState, drafts: DraftRows) -> None:
+    """Raises ValueError unless the plan's grid, slots and pages are those of the pools."""
+    key = f"{_plan_key(plan.grid, state)}:{tuple(drafts.dt.shape[:2])}"
+    if key in plan.cache:
+        return
+    _check_range("state_slot", [s.state_slot for s in plan.sequences], state.ssm_state)
+    _check_range("tail_page", [s.tail_page for s in plan.sequences], state.tail_dt)
+    _check_range("draft_page", [s.draft_page for s in plan.sequences], drafts.dt)
+    longest = max((len(sequence.parents) for sequence in plan.sequences), default=0)
+    if longest > drafts.dt.shape[1]:
+        raise ValueError(f"a draft of {longest} tokens, pages hold {drafts.dt.shape[1]}")
+    plan.cache[key] = True
+
+
+def check_accept_plan(plan: AcceptPlan, state: LayerState, drafts: DraftRows) -> None:
+    """Raises ValueError unless the plan's grid, slots and pages are those of the pools."""
+    key = f"{_plan_key(plan.grid, state)}:{tuple(drafts.dt.shape[:2])}"
+    if key in plan.cache:
+        return
+    _check_range("state_slot", [s.state_slot for s in plan.sequences], state.ssm_state)
+    written = [s.boundary_slot for s in plan.sequences if s.boundary_slot != PAD_SLOT]
+    _check_range("boundary_slot", written, state.ssm_state)
+    _check_range("tail_page", [s.tail_page for s in plan.sequences], state.tail_dt)
+    _check_range("draft_page", [s.draft_page for s in plan.sequences], drafts.dt)
+    _check_range("path", [s.path[-1] for s in plan.sequences], drafts.dt[0])
     plan.cache[key] = True
 
 

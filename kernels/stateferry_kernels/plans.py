@@ -101,17 +101,27 @@ class DecodePlan:
 
 @dataclass(frozen=True, slots=True)
 class CommitPlan:
-    """Fold the full tail of each page into ``dst_slots``, reading the state in ``src_slots``."""
+    """Fold the tail of each page into ``dst_slots``, reading the state in ``src_slots``.
+
+    ``tail_rows[i]`` rows are folded, 1 to grid; by default all of them. Serving commits full tails
+    alone: the state after a shorter one is not on the grid, and is for whoever takes it elsewhere.
+    """
 
     grid: int
     src_slots: tuple[int, ...]
     dst_slots: tuple[int, ...]
     tail_pages: tuple[int, ...]
+    tail_rows: tuple[int, ...] = ()
     cache: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if not len(self.src_slots) == len(self.dst_slots) == len(self.tail_pages):
-            raise ValueError("src_slots, dst_slots and tail_pages differ in length")
+        if not self.tail_rows:
+            object.__setattr__(self, "tail_rows", (self.grid,) * len(self.src_slots))
+        columns = (self.src_slots, self.dst_slots, self.tail_pages, self.tail_rows)
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError("src_slots, dst_slots, tail_pages and tail_rows differ in length")
+        if any(not 1 <= rows <= self.grid for rows in self.tail_rows):
+            raise ValueError(f"tail_rows {self.tail_rows}: out of range for grid {self.grid}")
         if any(slot <= ZERO_SLOT for slot in self.dst_slots):
             raise ValueError("a commit cannot write ZERO_SLOT or PAD_SLOT")
         if set(self.src_slots) & set(self.dst_slots) or not _distinct(self.dst_slots):

@@ -12,13 +12,23 @@ import torch
 import torch.nn.functional as F
 
 from stateferry_kernels.conv1d.reference import causal_conv1d_reference
+from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.guards import (
+    check_accept_plan,
     check_commit_plan,
     check_decode_plan,
+    check_drafts,
     check_extend_plan,
     check_ssm_inputs,
+    check_verify_plan,
 )
-from stateferry_kernels.layer_state import PAD_SLOT, ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.layer_state import (
+    PAD_SLOT,
+    ConvParams,
+    DraftRows,
+    LayerState,
+    SsmLayerParams,
+)
 from stateferry_kernels.norm import reference as norms
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 from stateferry_kernels.state_update.reference import commit_reference, decode_row_reference
@@ -48,8 +58,10 @@ def chunk_scan(
             now, processed = _step(x, dt, B, C, z, token, now, params, out)
             if position >= sequence.end // plan.grid * plan.grid:
                 _append(x, B, processed, token, (page, position % plan.grid), state)
+            if (position + 1) % plan.grid == 0:
+                now = now.to(state.ssm_state.dtype).double()
             if position + 1 in slots:
-                state.ssm_state[slots[position + 1]] = now.float()
+                state.ssm_state[slots[position + 1]] = now.to(state.ssm_state.dtype)
             token += 1
 
 
@@ -77,12 +89,65 @@ def decode_row(
 
 def commit(*, params: SsmLayerParams, plan: CommitPlan, state: LayerState) -> None:
     check_commit_plan(plan, state)
-    columns = zip(plan.src_slots, plan.dst_slots, plan.tail_pages, strict=True)
-    for src, dst, page in columns:
-        folded = _folded(state.ssm_state[src].double(), page, plan.grid, params, state)
-        state.ssm_state[dst] = folded.float()
-        first = plan.grid - state.conv_state.shape[2]
-        state.conv_state[dst] = state.tail_xBC[page, first:].mT
+    entries = zip(plan.src_slots, plan.dst_slots, plan.tail_pages, plan.tail_rows, strict=True)
+    for src, dst, page, rows in entries:
+        folded = _folded(state.ssm_state[src].double(), page, rows, params, state)
+        state.ssm_state[dst] = folded.to(state.ssm_state.dtype)
+        columns = torch.cat([state.conv_state[src].mT, state.tail_xBC[page, :rows]])
+        state.conv_state[dst] = columns[rows:].mT
+
+
+def verify(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    params: SsmLayerParams,
+    plan: VerifyPlan,
+    state: LayerState,
+    drafts: DraftRows,
+    out: torch.Tensor,
+    z: torch.Tensor | None = None,
+) -> None:
+    check_ssm_inputs(x, dt, B, C, z, out, params, state, plan.num_rows)
+    check_drafts(drafts, state)
+    check_verify_plan(plan, state, drafts)
+    token = 0
+    for sequence in plan.sequences:
+        root = state.ssm_state[sequence.state_slot].double()
+        root = _folded(root, sequence.tail_page, sequence.tail_rows, params, state)
+        after: list[torch.Tensor] = []
+        for node, path in enumerate(sequence.paths()):
+            before = after[path[-2]] if len(path) > 1 else root
+            now, processed = _step(x, dt, B, C, z, token, before, params, out)
+            if sequence.tail_rows + len(path) == plan.grid:
+                now = now.to(state.ssm_state.dtype).double()
+            after.append(now)
+            place = (sequence.draft_page, node)
+            drafts.x[place], drafts.B[place] = x[token], B[token]
+            drafts.dt[place] = processed.float()
+            token += 1
+
+
+def accept(
+    *, params: SsmLayerParams, plan: AcceptPlan, state: LayerState, drafts: DraftRows
+) -> None:
+    check_drafts(drafts, state)
+    check_accept_plan(plan, state, drafts)
+    for sequence in plan.sequences:
+        page, row = sequence.tail_page, sequence.tail_rows
+        for node in sequence.path:
+            place = (sequence.draft_page, node)
+            state.tail_xBC[page, row] = drafts.xBC[place]
+            state.tail_x[page, row] = drafts.x[place]
+            state.tail_B[page, row] = drafts.B[place]
+            state.tail_dt[page, row] = drafts.dt[place]
+            row += 1
+            if row == plan.grid:
+                slots = ((sequence.state_slot,), (sequence.boundary_slot,), (page,))
+                commit(params=params, plan=CommitPlan(plan.grid, *slots), state=state)
+                row = 0
 
 
 def causal_conv1d_extend(
@@ -123,6 +188,28 @@ def causal_conv1d_row(
         state.tail_xBC[page, row] = xBC[token]
         columns = torch.cat([state.conv_state[slot].mT, state.tail_xBC[page, : row + 1]])
         out[token] = _convolved(columns, conv)[-1]
+
+
+def causal_conv1d_verify(
+    xBC: torch.Tensor,
+    *,
+    conv: ConvParams,
+    plan: VerifyPlan,
+    state: LayerState,
+    drafts: DraftRows,
+    out: torch.Tensor,
+) -> None:
+    check_drafts(drafts, state)
+    check_verify_plan(plan, state, drafts)
+    token = 0
+    for sequence in plan.sequences:
+        tail = state.tail_xBC[sequence.tail_page, : sequence.tail_rows]
+        before = torch.cat([state.conv_state[sequence.state_slot].mT, tail])
+        for node, path in enumerate(sequence.paths()):
+            drafts.xBC[sequence.draft_page, node] = xBC[token]
+            columns = torch.cat([before, drafts.xBC[sequence.draft_page, list(path)]])
+            out[token] = _convolved(columns, conv)[-1]
+            token += 1
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from stateferry_kernels.dispatch import Kernels, select_kernels
-from stateferry_kernels.layer_state import PAD_SLOT, LayerState
+from stateferry_kernels.draft_plans import (
+    ROOT,
+    AcceptPlan,
+    AcceptSequence,
+    VerifyPlan,
+    VerifySequence,
+)
+from stateferry_kernels.layer_state import PAD_SLOT, STATE_DTYPES
 from stateferry_kernels.plans import (
     BoundaryWrite,
     CommitPlan,
@@ -23,11 +30,13 @@ from stateferry_kernels.plans import (
 from support.ssm_case import (
     Layer,
     Shape,
+    all_pools,
+    layer_pass,
     make_layer,
     make_tokens,
+    poisoned_drafts,
     poisoned_state,
     relative_error,
-    split_active,
 )
 
 SHAPE = Shape(nheads=6, headdim=20, dstate=12, ngroups=3, grid=16)
@@ -63,46 +72,62 @@ THIRD = ExtendPlan(
 )
 
 
-def layer_pass(
-    kernels: Kernels, layer: Layer, plan: ExtendPlan | DecodePlan, state: LayerState, seed: int
-) -> torch.Tensor:
-    plan = dataclasses.replace(plan, cache={})
-    count = plan.total_tokens if isinstance(plan, ExtendPlan) else len(plan.state_slots)
-    tokens = make_tokens(layer, count, seed=seed, with_z=True)
-    active = torch.full_like(tokens.xBC, torch.nan)
-    y = torch.full((count, SHAPE.nheads, SHAPE.headdim), torch.nan, dtype=layer.dtype)
-    if isinstance(plan, ExtendPlan):
-        kernels.causal_conv1d_extend(
-            tokens.xBC, conv=layer.conv, plan=plan, state=state, out=active
-        )
-    else:
-        kernels.causal_conv1d_row(tokens.xBC, conv=layer.conv, plan=plan, state=state, out=active)
-    x, B, C = split_active(active, SHAPE)
-    inputs = (x, tokens.dt, B, C)
-    if isinstance(plan, ExtendPlan):
-        kernels.chunk_scan(*inputs, params=layer.ssm, plan=plan, state=state, out=y, z=tokens.z)
-    else:
-        kernels.decode_row(*inputs, params=layer.ssm, plan=plan, state=state, out=y, z=tokens.z)
-    return torch.cat([active, y.flatten(1)], dim=1)
+# After that a draft of each sequence: a chain that stays inside its interval, a tree whose branches
+# pass the grid at different nodes, and one that starts at a grid point.
+DRAFT = VerifyPlan(
+    16,
+    (
+        VerifySequence(5, 0, 1, 3, (ROOT, 0, 1)),
+        VerifySequence(7, 1, 13, 1, (ROOT, ROOT, 0, 1, 2, 3, 3, 5, 4)),
+        VerifySequence(6, 2, 0, 0, (ROOT, 0, 0)),
+    ),
+)
+ACCEPT = AcceptPlan(
+    16, (AcceptSequence(7, 1, 13, 1, (1, 3, 5, 7), 8), AcceptSequence(5, 0, 1, 3, (0,)))
+)
+DECODE_AFTER = DecodePlan(16, (5, 8), (0, 1), (2, 1))
 
 
+def life(kernels: Kernels, layer: Layer) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Everything that three sequences live through: outputs of each step, and the pools."""
+    state, drafts = poisoned_state(layer), poisoned_drafts(layer)
+    outputs: list[torch.Tensor] = []
+
+    def step(plan: ExtendPlan | DecodePlan | VerifyPlan) -> None:
+        plan = dataclasses.replace(plan, cache={})
+        if isinstance(plan, ExtendPlan):
+            count = plan.total_tokens
+        else:
+            count = plan.num_rows if isinstance(plan, VerifyPlan) else len(plan.state_slots)
+        tokens = make_tokens(layer, count, seed=len(outputs), with_z=True)
+        outputs.append(torch.cat(layer_pass(kernels, layer, tokens, plan, state, drafts), dim=1))
+
+    for plan in (FIRST, SECOND, DECODE):
+        step(plan)
+    kernels.commit(params=layer.ssm, plan=COMMIT, state=state)
+    step(THIRD)
+    step(DRAFT)
+    kernels.accept(params=layer.ssm, plan=ACCEPT, state=state, drafts=drafts)
+    step(DECODE_AFTER)
+    partial = CommitPlan(16, (8, 5), (9, 10), (1, 0), (2, 1))
+    kernels.commit(params=layer.ssm, plan=partial, state=state)
+    return outputs, all_pools(state, drafts)
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=["fp32 state", "bf16 state"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
-def test_a_life_of_three_sequences(dtype: torch.dtype) -> None:
-    layer = make_layer(SHAPE, dtype=dtype, dt_limit=(0.01, 0.5))
-    results = []
-    for name in ("torch", "reference"):
-        kernels, state = select_kernels(name), poisoned_state(layer)
-        outputs = [
-            layer_pass(kernels, layer, plan, state, seed)
-            for seed, plan in enumerate((FIRST, SECOND, DECODE))
-        ]
-        kernels.commit(params=layer.ssm, plan=COMMIT, state=state)
-        outputs.append(layer_pass(kernels, layer, THIRD, state, 3))
-        pools = [getattr(state, field.name) for field in dataclasses.fields(state)]
-        results.append([*outputs, *pools])
-    for number, (ours, theirs) in enumerate(zip(*results, strict=True)):
-        assert torch.equal(ours.isnan(), theirs.isnan()), number
-        assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < TOLERANCE[dtype], number
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_a_life_of_three_sequences(name: str, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    layer = make_layer(SHAPE, dtype=dtype, state_dtype=state_dtype, dt_limit=(0.01, 0.5))
+    outputs, pools = life(select_kernels(name), layer)
+    wanted_outputs, wanted_pools = life(select_kernels("reference"), layer)
+    named = {f"step {number}": output for number, output in enumerate(outputs)} | pools
+    wanted = {f"step {number}": output for number, output in enumerate(wanted_outputs)}
+    tolerance = TOLERANCE[torch.bfloat16 if torch.bfloat16 in (dtype, state_dtype) else dtype]
+    for place, theirs in (wanted | wanted_pools).items():
+        ours = named[place]
+        assert torch.equal(ours.isnan(), theirs.isnan()), place
+        assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < tolerance, place
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])

@@ -8,8 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from stateferry_kernels.conv1d.torch_ops import causal_conv1d_extend, causal_conv1d_row
-from stateferry_kernels.layer_state import ZERO_SLOT, ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.dispatch import Kernels, select_kernels
+from stateferry_kernels.draft_plans import (
+    AcceptPlan,
+    AcceptSequence,
+    VerifyPlan,
+    VerifySequence,
+)
+from stateferry_kernels.layer_state import (
+    PAD_SLOT,
+    ZERO_SLOT,
+    ConvParams,
+    DraftRows,
+    LayerState,
+    SsmLayerParams,
+)
 from stateferry_kernels.plans import (
     BoundaryWrite,
     CommitPlan,
@@ -17,11 +30,10 @@ from stateferry_kernels.plans import (
     ExtendPlan,
     ExtendSequence,
 )
-from stateferry_kernels.ssd.torch_ops import chunk_scan
-from stateferry_kernels.state_update.torch_ops import commit, decode_row
 
 NUM_SLOTS = 40
 NUM_PAGES = 12
+MAX_DRAFT = 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Layer:
     conv: ConvParams
     ssm: SsmLayerParams
     dtype: torch.dtype
+    state_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ def make_layer(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32,
     with_D: bool = True,
     with_dt_bias: bool = True,
     with_conv_bias: bool = True,
@@ -96,6 +110,7 @@ def make_layer(
             dt_limit=dt_limit,
         ),
         dtype=dtype,
+        state_dtype=state_dtype,
     )
 
 
@@ -121,7 +136,7 @@ def poisoned_state(layer: Layer) -> LayerState:
         return torch.full((size[0], 2, *size[1:]), math.nan, dtype=dtype)[:, 1]
 
     state = LayerState(
-        ssm_state=pool(NUM_SLOTS, s.nheads, s.headdim, s.dstate, dtype=torch.float32),
+        ssm_state=pool(NUM_SLOTS, s.nheads, s.headdim, s.dstate, dtype=layer.state_dtype),
         conv_state=pool(NUM_SLOTS, s.conv_dim, s.d_conv - 1),
         tail_xBC=pool(NUM_PAGES, s.grid, s.conv_dim),
         tail_x=pool(NUM_PAGES, s.grid, s.nheads, s.headdim),
@@ -133,12 +148,37 @@ def poisoned_state(layer: Layer) -> LayerState:
     return state
 
 
+def poisoned_drafts(layer: Layer) -> DraftRows:
+    """Draft pages of NaN, strided as in a pool of several layers."""
+    s = layer.shape
+
+    def pool(*size: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
+        return torch.full((NUM_PAGES, 2, MAX_DRAFT, *size), math.nan, dtype=dtype)[:, 1]
+
+    return DraftRows(
+        xBC=pool(s.conv_dim),
+        x=pool(s.nheads, s.headdim),
+        B=pool(s.ngroups, s.dstate),
+        dt=pool(s.nheads, dtype=torch.float32),
+    )
+
+
+def all_pools(state: LayerState, drafts: DraftRows) -> dict[str, torch.Tensor]:
+    """Every pool by name."""
+    named = {n: getattr(state, n) for n in LayerState.__slots__ if n != "cache"}
+    return named | {f"draft_{n}": getattr(drafts, n) for n in DraftRows.__slots__ if n != "cache"}
+
+
 class Walker:
     """Moves some sequences through one layer, as an engine would. Keeps every boundary's slot."""
 
-    def __init__(self, layer: Layer, num_sequences: int = 1) -> None:
+    def __init__(
+        self, layer: Layer, num_sequences: int = 1, kernels: Kernels | None = None
+    ) -> None:
         self.layer = layer
+        self.kernels = kernels or select_kernels("torch")
         self.state = poisoned_state(layer)
+        self.drafts = poisoned_drafts(layer)
         self.positions = [0] * num_sequences
         self.slots = [ZERO_SLOT] * num_sequences
         self.boundaries: list[dict[int, int]] = [{} for _ in range(num_sequences)]
@@ -183,7 +223,7 @@ class Walker:
         if full:
             fresh = [self._fresh_slot() for _ in full]
             sources = tuple(self.slots[n] for n in full)
-            commit(
+            self.kernels.commit(
                 params=self.layer.ssm,
                 plan=CommitPlan(grid, sources, tuple(fresh), tuple(full)),
                 state=self.state,
@@ -193,31 +233,86 @@ class Walker:
                 self.boundaries[number][self.positions[number]] = slot
         return y
 
+    def verify(self, drafts: Sequence[tuple[Tokens, Sequence[int]]]) -> list[torch.Tensor]:
+        """Evaluate a draft (tokens, parents) of each sequence. Returns y (num_nodes, d_inner)
+        each."""
+        rows = zip(self.slots, self.positions, drafts, strict=True)
+        grid = self.layer.shape.grid
+        plan = VerifyPlan(
+            grid,
+            tuple(
+                VerifySequence(slot, number, position % grid, number, tuple(parents))
+                for number, (slot, position, (_, parents)) in enumerate(rows)
+            ),
+        )
+        y = self._run([tokens for tokens, _ in drafts], plan)
+        return list(y.split([len(tokens) for tokens, _ in drafts]))
+
+    def accept(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep one path of each sequence's last draft; an empty one keeps nothing."""
+        grid, kept = self.layer.shape.grid, []
+        for number, path in enumerate(paths):
+            rows, slot = self.positions[number] % grid, PAD_SLOT
+            if not path:
+                continue
+            if rows + len(path) >= grid:
+                slot = self._fresh_slot()
+            kept.append(AcceptSequence(self.slots[number], number, rows, number, tuple(path), slot))
+            self.positions[number] += len(path)
+            if slot != PAD_SLOT:
+                self.slots[number] = slot
+                self.boundaries[number][self.positions[number] // grid * grid] = slot
+        plan = AcceptPlan(grid, tuple(kept))
+        self.kernels.accept(params=self.layer.ssm, plan=plan, state=self.state, drafts=self.drafts)
+
     def tail(self, number: int) -> list[torch.Tensor]:
         """The rows of a sequence's tail that count."""
         rows = self.positions[number] % self.layer.shape.grid
         s = self.state
         return [t[number, :rows].clone() for t in (s.tail_xBC, s.tail_x, s.tail_B, s.tail_dt)]
 
-    def _run(self, packed: list[Tokens], plan: ExtendPlan | DecodePlan) -> torch.Tensor:
-        layer, shape = self.layer, self.layer.shape
+    def _run(
+        self, packed: list[Tokens], plan: ExtendPlan | DecodePlan | VerifyPlan
+    ) -> torch.Tensor:
         xBC = torch.cat([tokens.xBC for tokens in packed])
         dt = torch.cat([tokens.dt for tokens in packed])
         gates = [tokens.z for tokens in packed if tokens.z is not None]
-        z = torch.cat(gates) if gates else None
-        active = torch.full_like(xBC, math.nan)
-        y = torch.full((len(xBC), shape.nheads, shape.headdim), math.nan, dtype=layer.dtype)
-        is_extend = isinstance(plan, ExtendPlan)
-        convolve = causal_conv1d_extend if is_extend else causal_conv1d_row
-        convolve(xBC, conv=layer.conv, plan=plan, state=self.state, out=active)  # type: ignore[arg-type]
-        scan = chunk_scan if is_extend else decode_row
-        x, B, C = split_active(active, shape)
-        scan(x, dt, B, C, params=layer.ssm, plan=plan, state=self.state, out=y, z=z)  # type: ignore[arg-type]
-        return y.view(len(xBC), shape.d_inner)
+        joined = Tokens(xBC, dt, torch.cat(gates) if gates else None)
+        _, y = layer_pass(self.kernels, self.layer, joined, plan, self.state, self.drafts)
+        return y
 
     def _fresh_slot(self) -> int:
         self._next_slot += 1
         return self._next_slot - 1
+
+
+def layer_pass(
+    kernels: Kernels,
+    layer: Layer,
+    tokens: Tokens,
+    plan: ExtendPlan | DecodePlan | VerifyPlan,
+    state: LayerState,
+    drafts: DraftRows,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convolution and recurrence of one layer, into outputs full of NaN. Returns the activated
+    columns (num_rows, conv_dim) and y (num_rows, d_inner)."""
+    shape = layer.shape
+    active = torch.full_like(tokens.xBC, math.nan)
+    y = torch.full((len(tokens), shape.nheads, shape.headdim), math.nan, dtype=layer.dtype)
+    conv = {"conv": layer.conv, "state": state, "out": active}
+    ssm = {"params": layer.ssm, "state": state, "out": y, "z": tokens.z}
+    x, B, C = split_active(active, shape)
+    inputs = (x, tokens.dt, B, C)
+    if isinstance(plan, ExtendPlan):
+        kernels.causal_conv1d_extend(tokens.xBC, plan=plan, **conv)
+        kernels.chunk_scan(*inputs, plan=plan, **ssm)
+    elif isinstance(plan, DecodePlan):
+        kernels.causal_conv1d_row(tokens.xBC, plan=plan, **conv)
+        kernels.decode_row(*inputs, plan=plan, **ssm)
+    else:
+        kernels.causal_conv1d_verify(tokens.xBC, plan=plan, drafts=drafts, **conv)
+        kernels.verify(*inputs, plan=plan, drafts=drafts, **ssm)
+    return active, y.flatten(1)
 
 
 def split_active(

@@ -1,4 +1,4 @@
-"""Causal convolution over raw columns in torch operations, for extends and for decode rows.
+"""Causal convolution over raw columns in torch operations: extends, decode rows, draft rows.
 
 out_t = silu(bias + sum over k of weight_k * column_{t - (d_conv - 1) + k})
 """
@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
+from stateferry_kernels.draft_plans import VerifyPlan
 from stateferry_kernels.elementwise import silu
 from stateferry_kernels.guards import (
+    check_conv_inputs,
     check_decode_plan,
+    check_drafts,
     check_extend_plan,
-    check_state,
-    check_tensor,
+    check_verify_plan,
 )
-from stateferry_kernels.layer_state import ConvParams, LayerState
+from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState
 from stateferry_kernels.live_rows import LiveRows, live_rows
 from stateferry_kernels.plans import DecodePlan, ExtendPlan, ExtendSequence
 
@@ -35,7 +37,7 @@ def causal_conv1d_extend(
               boundary: the raw columns before it, wherever they came from.
     Raises:   TypeError, ValueError on a mismatch.
     """
-    _check(xBC, conv, state, out, plan.total_tokens)
+    check_conv_inputs(xBC, conv, state, out, plan.total_tokens)
     check_extend_plan(plan, state)
     window = state.conv_state.shape[2]
     pieces = []
@@ -71,7 +73,7 @@ def causal_conv1d_row(
     Mutates:  out and row ``tail_rows`` of tail_xBC; rows with PAD_SLOT are left alone.
     Raises:   TypeError, ValueError on a mismatch.
     """
-    _check(xBC, conv, state, out, len(plan.state_slots))
+    check_conv_inputs(xBC, conv, state, out, len(plan.state_slots))
     check_decode_plan(plan, state)
     live = live_rows(plan, xBC.device)
     if not live.count:
@@ -80,6 +82,38 @@ def causal_conv1d_row(
     taps = [*_window_of_rows(plan, live, state).unbind(1), new]
     state.tail_xBC[live.pages, live.rows] = new
     live.put(_convolve(taps, conv), out)
+
+
+def causal_conv1d_verify(
+    xBC: torch.Tensor,
+    *,
+    conv: ConvParams,
+    plan: VerifyPlan,
+    state: LayerState,
+    drafts: DraftRows,
+    out: torch.Tensor,
+) -> None:
+    """Convolve draft columns, each after its own ancestors. xBC and out (num_rows, conv_dim).
+
+    Mutates:  out; the draft pages' xBC.
+    Raises:   TypeError, ValueError on a mismatch.
+    """
+    check_conv_inputs(xBC, conv, state, out, plan.num_rows)
+    check_drafts(drafts, state)
+    check_verify_plan(plan, state, drafts)
+    window = state.conv_state.shape[2]
+    taps, first = [], 0
+    for sequence in plan.sequences:
+        rows = xBC[first : first + len(sequence.parents)]
+        drafts.xBC[sequence.draft_page, : len(rows)] = rows
+        first += len(rows)
+        tail = state.tail_xBC[sequence.tail_page, : sequence.tail_rows]
+        before = torch.cat([state.conv_state[sequence.state_slot].mT, tail])
+        for path in sequence.paths():
+            columns = torch.cat([before, rows[list(path)]])
+            taps.append(columns[len(columns) - window - 1 :])
+    if taps:
+        out.copy_(_convolve(list(torch.stack(taps, dim=1).unbind()), conv))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +173,3 @@ def _convolve(taps: list[torch.Tensor], conv: ConvParams) -> torch.Tensor:
     if conv.bias is not None:
         total = total + conv.bias.float()
     return silu(total).to(taps[0].dtype)
-
-
-def _check(
-    xBC: torch.Tensor, conv: ConvParams, state: LayerState, out: torch.Tensor, num_rows: int
-) -> None:
-    check_state(state)
-    conv_dim, window = state.conv_state.shape[1:]
-    dtypes = (state.conv_state.dtype,)
-    check_tensor("xBC", xBC, (num_rows, conv_dim), dtypes)
-    check_tensor("out", out, (num_rows, conv_dim), dtypes)
-    weight_dtypes = (torch.float32, torch.bfloat16)
-    check_tensor("weight", conv.weight, (conv_dim, window + 1), weight_dtypes)
-    if conv.bias is not None:
-        check_tensor("bias", conv.bias, (conv_dim,), weight_dtypes)

@@ -75,7 +75,7 @@ def evaluate_rows(
 ) -> torch.Tensor:
     """Outputs of some rows of each interval, (n, nheads, rows, headdim) fp32.
 
-    states (n, nheads, headdim, dstate) fp32, contiguous: those at the intervals' starts.
+    states (n, nheads, headdim, dstate), contiguous: those at the intervals' starts.
     """
     n, nheads, grid, headdim = intervals.x.shape
     ngroups, num_rows, dstate = rows.C.shape[1:]
@@ -95,7 +95,7 @@ def evaluate_rows(
     )
 
     # All heads of a group share C, so their states are the columns of one product.
-    before = bmm_rows(C, states.view(n * ngroups, per_group * headdim, dstate).mT)
+    before = bmm_rows(C, states.float().view(n * ngroups, per_group * headdim, dstate).mT)
     before = before.view(n, ngroups, num_rows, per_group, headdim).transpose(2, 3)
     grown = torch.exp(rows.cumsum.contiguous()).view(n, ngroups, per_group, num_rows, 1)
     y = within.view(n, ngroups, per_group, num_rows, headdim)
@@ -126,5 +126,6 @@ def fold_inputs(intervals: Intervals) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def next_states(states: torch.Tensor, added: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """S' of each interval: states and added (.., nheads, headdim, dstate), decay (.., nheads)."""
-    return states * decay[..., None, None] + added
+    """S' of each interval in the dtype that states are kept in: states and added
+    (.., nheads, headdim, dstate), decay (.., nheads)."""
+    return (states.float() * decay[..., None, None] + added).to(states.dtype)

@@ -102,7 +102,7 @@ def _pass_states(
     The only sequential part: chunk by chunk along each sequence.
     """
     added, decay = fold_inputs(intervals)
-    incoming = torch.empty_like(added)
+    incoming = torch.empty_like(added, dtype=state.ssm_state.dtype)
     for offset, chunk in enumerate(table.chunks[part]):
         if chunk.is_first:
             running = state.ssm_state[plan.sequences[chunk.sequence].state_slot]

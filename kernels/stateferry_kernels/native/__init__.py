@@ -1,0 +1,1 @@
+"""The CPU kernels: a small C++ library (src/), found, loaded and called through ctypes."""

@@ -1,0 +1,234 @@
+"""Tensors, layers and plans as the library takes them.
+
+What belongs to a layer or a plan is built once and kept in its ``cache``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
+from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState, SsmLayerParams
+from stateferry_kernels.native.structs import (
+    DTYPE_CODES,
+    AcceptPlanStruct,
+    ColumnsStruct,
+    CommitPlanStruct,
+    ConvStruct,
+    DecodePlanStruct,
+    DraftsStruct,
+    ExtendPlanStruct,
+    LayerStruct,
+    ParamsStruct,
+    RowsStruct,
+    VerifyPlanStruct,
+)
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
+
+_KEY = "native"
+
+
+def layer_struct(state: LayerState) -> LayerStruct:
+    """The layer's pools. They must have been checked (guards.check_state)."""
+    if _KEY not in state.cache:
+        _, nheads, headdim, dstate = state.ssm_state.shape
+        conv_dim, window = state.conv_state.shape[1:]
+        pools = (state.ssm_state, state.conv_state)
+        tails = (state.tail_xBC, state.tail_x, state.tail_B, state.tail_dt)
+        state.cache[_KEY] = LayerStruct(
+            *_addresses(*pools, *tails),
+            *(nheads, headdim, dstate, state.tail_B.shape[2], conv_dim, window, state.grid),
+            DTYPE_CODES[state.tail_x.dtype],
+            DTYPE_CODES[state.ssm_state.dtype],
+        )
+    struct: LayerStruct = state.cache[_KEY]
+    return struct
+
+
+def drafts_struct(drafts: DraftRows) -> DraftsStruct:
+    """The layer's draft pages."""
+    if _KEY not in drafts.cache:
+        drafts.cache[_KEY] = DraftsStruct(*_addresses(drafts.xBC, drafts.x, drafts.B, drafts.dt))
+    struct: DraftsStruct = drafts.cache[_KEY]
+    return struct
+
+
+def params_struct(params: SsmLayerParams) -> ParamsStruct:
+    """The recurrence's parameters, whose vectors must be contiguous."""
+    if _KEY not in params.cache:
+        vectors = [
+            None if vector is None else vector.contiguous()
+            for vector in (params.A, params.D, params.dt_bias)
+        ]
+        addresses = [0 if vector is None else vector.data_ptr() for vector in vectors]
+        struct = ParamsStruct(*addresses, int(params.dt_softplus), *params.dt_limit)
+        params.cache[_KEY] = (struct, vectors)
+    cached: tuple[ParamsStruct, Any] = params.cache[_KEY]
+    return cached[0]
+
+
+def conv_struct(conv: ConvParams) -> ConvStruct:
+    """The convolution's weights, tap by tap in fp32."""
+    if _KEY not in conv.cache:
+        taps = conv.weight.float().T.contiguous()
+        bias = None if conv.bias is None else conv.bias.float().contiguous()
+        struct = ConvStruct(taps.data_ptr(), 0 if bias is None else bias.data_ptr())
+        conv.cache[_KEY] = (struct, taps, bias)
+    cached: tuple[ConvStruct, Any, Any] = conv.cache[_KEY]
+    return cached[0]
+
+
+class Rows:
+    """A batch's inputs and output as a struct; keeps alive what had to be copied."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        z: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        x, B, C = _packed(x), _packed(B), _packed(C)
+        dt = dt if dt.shape[-1] == 1 or dt.stride(-1) == 1 else dt.contiguous()
+        if z is not None:
+            z = _packed(z)
+        if _packed(out) is not out:
+            raise ValueError("out: only the first dimension may be strided")
+        self._alive = (x, dt, B, C, z)
+        self.dtype_code = DTYPE_CODES[x.dtype]
+        self.struct = RowsStruct(
+            *_addresses(x, dt),
+            DTYPE_CODES[dt.dtype],
+            *_addresses(B, C),
+            *((0, 0) if z is None else _addresses(z)),
+            *_addresses(out),
+        )
+
+
+class Columns:
+    """Raw columns and the activated ones."""
+
+    def __init__(self, xBC: torch.Tensor, out: torch.Tensor) -> None:
+        xBC = xBC if xBC.shape[1] == 1 or xBC.stride(1) == 1 else xBC.contiguous()
+        if out.shape[1] != 1 and out.stride(1) != 1:
+            raise ValueError("out: only the first dimension may be strided")
+        self._alive = xBC
+        self.struct = ColumnsStruct(*_addresses(xBC, out))
+
+
+def _packed(rows: torch.Tensor) -> torch.Tensor:
+    """rows (n, heads, dim), copied unless only the first dimension is strided."""
+    _, heads, dim = rows.shape
+    fine = (dim == 1 or rows.stride(2) == 1) and (heads == 1 or rows.stride(1) == dim)
+    return rows if fine else rows.contiguous()
+
+
+def _addresses(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Address and first stride of each."""
+    return tuple(n for tensor in tensors for n in (tensor.data_ptr(), tensor.stride(0)))
+
+
+def extend_struct(plan: ExtendPlan) -> ExtendPlanStruct:
+    """Where an extend's rows come from and go to."""
+
+    def build() -> tuple[ctypes.Structure, Any]:
+        sequences = plan.sequences
+        writes = [write for sequence in sequences for write in sequence.boundaries]
+        columns = _int64s(
+            [s.start for s in sequences],
+            [s.length for s in sequences],
+            plan.cu_seqlens,
+            [s.state_slot for s in sequences],
+            [s.tail_page for s in sequences],
+            _offsets(len(s.boundaries) for s in sequences),
+            [write.position for write in writes],
+            [write.state_slot for write in writes],
+        )
+        return ExtendPlanStruct(len(sequences), *_starts(columns)), columns
+
+    return _cached(plan.cache, build)
+
+
+def decode_struct(plan: DecodePlan) -> DecodePlanStruct:
+    """Where a decode step's rows come from and go to."""
+
+    def build() -> tuple[ctypes.Structure, Any]:
+        columns = _int64s(plan.state_slots, plan.tail_pages, plan.tail_rows)
+        return DecodePlanStruct(len(plan.state_slots), *_starts(columns)), columns
+
+    return _cached(plan.cache, build)
+
+
+def commit_struct(plan: CommitPlan) -> CommitPlanStruct:
+    """Which tails are folded into which slots."""
+
+    def build() -> tuple[ctypes.Structure, Any]:
+        columns = _int64s(plan.src_slots, plan.dst_slots, plan.tail_pages, plan.tail_rows)
+        return CommitPlanStruct(len(plan.src_slots), *_starts(columns)), columns
+
+    return _cached(plan.cache, build)
+
+
+def verify_struct(plan: VerifyPlan) -> VerifyPlanStruct:
+    """What each draft row follows."""
+
+    def build() -> tuple[ctypes.Structure, Any]:
+        sequences = plan.sequences
+        columns = _int64s(
+            [s.state_slot for s in sequences],
+            [s.tail_page for s in sequences],
+            [s.tail_rows for s in sequences],
+            [s.draft_page for s in sequences],
+            _offsets(len(s.parents) for s in sequences),
+            [parent for s in sequences for parent in s.parents],
+        )
+        return VerifyPlanStruct(len(sequences), *_starts(columns)), columns
+
+    return _cached(plan.cache, build)
+
+
+def accept_struct(plan: AcceptPlan) -> AcceptPlanStruct:
+    """Which draft rows are kept."""
+
+    def build() -> tuple[ctypes.Structure, Any]:
+        sequences = plan.sequences
+        columns = _int64s(
+            [s.state_slot for s in sequences],
+            [s.tail_page for s in sequences],
+            [s.tail_rows for s in sequences],
+            [s.draft_page for s in sequences],
+            [s.boundary_slot for s in sequences],
+            _offsets(len(s.path) for s in sequences),
+            [node for s in sequences for node in s.path],
+        )
+        return AcceptPlanStruct(len(sequences), *_starts(columns)), columns
+
+    return _cached(plan.cache, build)
+
+
+def _cached(cache: dict[str, Any], build: Any) -> Any:
+    if _KEY not in cache:
+        cache[_KEY] = build()
+    return cache[_KEY][0]
+
+
+def _int64s(*columns: Iterable[int]) -> list[array[int]]:
+    return [array("q", column) for column in columns]
+
+
+def _starts(columns: list[array[int]]) -> list[int]:
+    return [column.buffer_info()[0] for column in columns]
+
+
+def _offsets(counts: Iterable[int]) -> list[int]:
+    offsets = [0]
+    for count in counts:
+        offsets.append(offsets[-1] + count)
+    return offsets

@@ -1,0 +1,142 @@
+// The exported functions. One translation unit, compiled once for each kind of processor.
+
+#include "abi.h"
+#include "commit.h"
+#include "conv.h"
+#include "linear.h"
+#include "norm.h"
+#include "rows.h"
+#include "scan.h"
+#include "step.h"
+
+namespace {
+
+using sf::bf16;
+
+// Calls run.operator()<T, ST>() with the activations' and the states' types.
+template <class Run>
+void with_types(int64_t activation, int64_t state, const Run& run) {
+    if (activation == SF_BFLOAT16 && state == SF_BFLOAT16)
+        run.template operator()<bf16, bf16>();
+    else if (activation == SF_BFLOAT16)
+        run.template operator()<bf16, float>();
+    else if (state == SF_BFLOAT16)
+        run.template operator()<float, bf16>();
+    else
+        run.template operator()<float, float>();
+}
+
+template <class T>
+const T* as(const void* p) {
+    return static_cast<const T*>(p);
+}
+
+}  // namespace
+
+#define SF_EXPORT extern "C" __attribute__((visibility("default")))
+
+SF_EXPORT void sf_chunk_scan(const sf_layer* layer, const sf_params* params,
+                             const sf_extend_plan* plan, const sf_rows* rows, int64_t threads) {
+    with_types(layer->activation, layer->state, [&]<class T, class ST>() {
+        sf::chunk_scan<T, ST>(*layer, *params, *plan, *rows, threads);
+    });
+}
+
+SF_EXPORT void sf_decode_row(const sf_layer* layer, const sf_params* params,
+                             const sf_decode_plan* plan, const sf_rows* rows, int64_t threads) {
+    with_types(layer->activation, layer->state, [&]<class T, class ST>() {
+        sf::decode_row<T, ST>(*layer, *params, *plan, *rows, threads);
+    });
+}
+
+SF_EXPORT void sf_commit(const sf_layer* layer, const sf_params* params,
+                         const sf_commit_plan* plan, int64_t threads) {
+    with_types(layer->activation, layer->state, [&]<class T, class ST>() {
+        sf::commit<T, ST>(*layer, *params, *plan, threads);
+    });
+}
+
+SF_EXPORT void sf_verify(const sf_layer* layer, const sf_params* params,
+                         const sf_verify_plan* plan, const sf_rows* rows, const sf_drafts* drafts,
+                         int64_t threads) {
+    with_types(layer->activation, layer->state, [&]<class T, class ST>() {
+        sf::verify<T, ST>(*layer, *params, *plan, *rows, *drafts, threads);
+    });
+}
+
+SF_EXPORT void sf_accept(const sf_layer* layer, const sf_params* params,
+                         const sf_accept_plan* plan, const sf_drafts* drafts, int64_t threads) {
+    with_types(layer->activation, layer->state, [&]<class T, class ST>() {
+        sf::accept<T, ST>(*layer, *params, *plan, *drafts, threads);
+    });
+}
+
+SF_EXPORT void sf_state_steps(const sf_steps* steps, const sf_params* params, const sf_rows* rows,
+                              int64_t threads) {
+    with_types(steps->activation, steps->state, [&]<class T, class ST>() {
+        sf::state_steps<T, ST>(*steps, *params, *rows, threads);
+    });
+}
+
+SF_EXPORT void sf_conv_extend(const sf_layer* layer, const sf_conv* conv,
+                              const sf_extend_plan* plan, const sf_columns* columns,
+                              int64_t threads) {
+    if (layer->activation == SF_BFLOAT16)
+        sf::conv_extend<bf16>(*layer, *conv, *plan, *columns, threads);
+    else
+        sf::conv_extend<float>(*layer, *conv, *plan, *columns, threads);
+}
+
+SF_EXPORT void sf_conv_row(const sf_layer* layer, const sf_conv* conv, const sf_decode_plan* plan,
+                           const sf_columns* columns, int64_t threads) {
+    if (layer->activation == SF_BFLOAT16)
+        sf::conv_row<bf16>(*layer, *conv, *plan, *columns, threads);
+    else
+        sf::conv_row<float>(*layer, *conv, *plan, *columns, threads);
+}
+
+SF_EXPORT void sf_conv_verify(const sf_layer* layer, const sf_conv* conv,
+                              const sf_verify_plan* plan, const sf_columns* columns,
+                              const sf_drafts* drafts, int64_t threads) {
+    if (layer->activation == SF_BFLOAT16)
+        sf::conv_verify<bf16>(*layer, *conv, *plan, *columns, *drafts, threads);
+    else
+        sf::conv_verify<float>(*layer, *conv, *plan, *columns, *drafts, threads);
+}
+
+// x and z share a dtype, weight and out another (x may be an fp32 residual of a bf16 model).
+SF_EXPORT void sf_norm(const void* x, int64_t x_stride, int64_t x_dtype, const void* z,
+                       int64_t z_stride, const void* weight, int64_t weight_dtype, float eps,
+                       int64_t rows, int64_t dim, int64_t group_size, int64_t kind, void* out,
+                       int64_t out_stride, int64_t threads) {
+    auto run = [&]<class TX, class TO>() {
+        sf::norm(as<TX>(x), x_stride, as<TX>(z), z_stride, as<TO>(weight), eps, rows, dim,
+                 group_size, sf::NormKind(kind), static_cast<TO*>(out), out_stride, threads);
+    };
+    with_types(x_dtype, weight_dtype, run);
+}
+
+SF_EXPORT void sf_linear(const void* x, int64_t x_stride, int64_t rows, const void* weight,
+                         const void* bias, int64_t inputs, int64_t outputs, void* out,
+                         int64_t out_stride, int64_t dtype, int64_t threads) {
+    if (dtype == SF_BFLOAT16)
+        sf::linear(sf::LinearArgs<bf16>{as<bf16>(x), x_stride, rows, as<bf16>(weight),
+                                        as<bf16>(bias), inputs, outputs, static_cast<bf16*>(out),
+                                        out_stride},
+                   threads);
+    else
+        sf::linear(sf::LinearArgs<float>{as<float>(x), x_stride, rows, as<float>(weight),
+                                         as<float>(bias), inputs, outputs,
+                                         static_cast<float*>(out), out_stride},
+                   threads);
+}
+
+// exp, silu and softplus of n elements: what every other function here builds on, for tests.
+SF_EXPORT void sf_elementwise(const float* x, int64_t n, int64_t kind, float* out) {
+    sf::FlushDenormals guard;
+    for (int64_t i = 0; i < n; i += sf::LANES) {
+        sf::F16 a = sf::load_upto(x + i, n - i);
+        a = kind == 0 ? sf::exp(a) : kind == 1 ? sf::silu(a) : sf::softplus(a);
+        sf::store_upto(out + i, a, n - i);
+    }
+}

@@ -1,0 +1,171 @@
+// The plain selective state update: one token at a time, the whole state read and written.
+#pragma once
+
+#include <cstring>
+
+#include "abi.h"
+#include "interval.h"
+#include "support.h"
+
+struct sf_steps {
+    int64_t num_sequences, num_steps;
+    const int32_t* state_slot;
+    void* ssm_state;
+    int64_t ssm_stride;
+    int64_t nheads, headdim, dstate, ngroups;
+    int64_t activation, state;
+    // Per-step states (rows, num_steps, nheads, headdim, dstate), or null.
+    void* step_states;
+    int64_t step_stride;
+    const int32_t* step_slot;
+    const int32_t* parent;  // (num_sequences, num_steps) or null
+    int64_t write_state;
+};
+
+namespace sf {
+
+// next = state * decay + (dt x) B, stored as ST, and in fp32 where `unrounded` says so;
+// y[p] = next . C before any rounding. For rows [0, R) of the state.
+template <int R, class From, class ST>
+inline void step_rows(const From* state, int64_t N, float decay, const float* dtx, const float* B,
+                      const float* C, ST* next, float* unrounded, float* y) {
+    F16 remains = set1(decay), sums[R], inputs[R];
+    for (int i = 0; i < R; ++i) {
+        sums[i] = zero();
+        inputs[i] = set1(dtx[i]);
+    }
+    for (int64_t n = 0; n < N; n += LANES) {
+        const int64_t rest = N - n;
+        F16 b = load(B + n), c = load(C + n);
+        for (int i = 0; i < R; ++i) {
+            F16 s = load_upto(state + i * N + n, rest);
+            s = fma(s, remains, mul(inputs[i], b));
+            store_upto(next + i * N + n, s, rest);
+            if (unrounded) store_upto(unrounded + i * N + n, s, rest);
+            sums[i] = fma(s, c, sums[i]);
+        }
+    }
+    for (int i = 0; i < R; ++i) y[i] = sum(sums[i]);
+}
+
+// Heads [first, last) of sequence i, each through all its steps. A chain carries its state in fp32
+// from step to step; a tree takes up the states as they were stored.
+template <class T, class ST>
+class StepsTask {
+public:
+    StepsTask(const sf_steps& steps, const sf_params& params, const sf_rows& rows, int64_t i,
+              int64_t first, int64_t last)
+        : steps_(steps), params_(params), rows_(rows), i_(i), first_(first), last_(last),
+          P_(steps.headdim), N_(steps.dstate), heads_(last - first),
+          saves_(steps.step_states && steps.step_slot[i] >= 0),
+          tree_(saves_ && steps.parent) {}
+
+    void run() {
+        if (steps_.state_slot[i_] < 0) return;
+        allocate();
+        const int64_t size = rows_.dt_dtype == SF_BFLOAT16 ? 2 : 4;
+        for (int64_t t = 0; t < steps_.num_steps; ++t)
+            process_dt(static_cast<const char*>(rows_.dt) + row(t) * rows_.dt_stride * size,
+                       rows_.dt_dtype, first_, last_, params_, dt_ + t * round_up(heads_));
+        for (int64_t h = first_; h < last_; ++h)
+            for (int64_t t = 0; t < steps_.num_steps; ++t) step(h, t);
+    }
+
+private:
+    int64_t row(int64_t t) const { return i_ * steps_.num_steps + t; }
+
+    void allocate() {
+        const int64_t ldn = round_up(N_), ldx = round_up(P_);
+        const int64_t dts = steps_.num_steps * round_up(heads_);
+        Scratch& scratch = Scratch::of_thread();
+        scratch.reserve(scratch_bytes(ldn * 4, ldn * 4, ldx * 4, ldx * 4, ldx * 4, dts * 4,
+                                      P_ * N_ * int64_t(sizeof(ST)), P_ * N_ * 4));
+        B_ = scratch.take<float>(ldn);
+        C_ = scratch.take<float>(ldn);
+        x_ = scratch.take<float>(ldx);
+        dtx_ = scratch.take<float>(ldx);
+        y_ = scratch.take<float>(ldx);
+        dt_ = scratch.take<float>(dts);
+        dropped_ = scratch.take<ST>(P_ * N_);
+        carried_ = scratch.take<float>(P_ * N_);
+    }
+
+    void load_group(int64_t h, int64_t t) {
+        const int64_t per_group = steps_.nheads / steps_.ngroups;
+        if (steps_.num_steps == 1 && h != first_ && h % per_group) return;
+        const int64_t at = h / per_group * N_;
+        widen_row(static_cast<const T*>(rows_.B) + row(t) * rows_.B_stride + at, N_, B_);
+        widen_row(static_cast<const T*>(rows_.C) + row(t) * rows_.C_stride + at, N_, C_);
+    }
+
+    ST* home(int64_t h) const {
+        return static_cast<ST*>(steps_.ssm_state) + steps_.state_slot[i_] * steps_.ssm_stride +
+               h * P_ * N_;
+    }
+    ST* saved(int64_t h, int64_t t) const {
+        return static_cast<ST*>(steps_.step_states) + steps_.step_slot[i_] * steps_.step_stride +
+               (t * steps_.nheads + h) * P_ * N_;
+    }
+
+    void step(int64_t h, int64_t t) {
+        load_group(h, t);
+        const float dt = dt_[t * round_up(heads_) + h - first_];
+        const T* x = static_cast<const T*>(rows_.x) + row(t) * rows_.x_stride + h * P_;
+        widen_row(x, P_, x_);
+        widen_row(x, P_, dt, dtx_);
+        const float decay = exp(dt * params_.A[h]);
+        // The slot itself changes only after the last step that may read it.
+        const bool last = t + 1 == steps_.num_steps;
+        ST* to = saves_ ? saved(h, t) : last && steps_.write_state ? home(h) : dropped_;
+        float* carried = tree_ || last ? nullptr : carried_;
+        if (t && !tree_) {
+            update(carried_, decay, to, carried);
+        } else {
+            const int64_t parent = t ? steps_.parent[row(t)] : -1;
+            update(parent < 0 ? home(h) : saved(h, parent), decay, to, carried);
+        }
+        if (saves_ && last && steps_.write_state)
+            std::memcpy(home(h), to, size_t(P_ * N_) * sizeof(ST));
+        const float* D = params_.D ? params_.D + h : nullptr;
+        const T* z = static_cast<const T*>(rows_.z);
+        T* out = static_cast<T*>(rows_.out) + row(t) * rows_.out_stride + h * P_;
+        for (int64_t p = 0; p < P_; p += LANES)
+            finish(zero(), load(y_ + p), 1.0f, D, load(x_ + p),
+                   z ? z + row(t) * rows_.z_stride + h * P_ + p : nullptr, P_ - p, out + p);
+    }
+
+    template <class From>
+    void update(const From* from, float decay, ST* to, float* carried) {
+        int64_t p = 0;
+        for (; p + 4 <= P_; p += 4)
+            step_rows<4>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
+                         carried ? carried + p * N_ : nullptr, y_ + p);
+        for (; p < P_; ++p)
+            step_rows<1>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
+                         carried ? carried + p * N_ : nullptr, y_ + p);
+    }
+
+    const sf_steps& steps_;
+    const sf_params& params_;
+    const sf_rows& rows_;
+    const int64_t i_, first_, last_, P_, N_, heads_;
+    const bool saves_, tree_;
+    float *B_, *C_, *x_, *dtx_, *y_, *dt_, *carried_;
+    ST* dropped_;
+};
+
+template <class T, class ST>
+void state_steps(const sf_steps& steps, const sf_params& params, const sf_rows& rows,
+                 int64_t threads) {
+    const int64_t parts = split(steps.nheads, steps.num_sequences, threads);
+    const int64_t operations = steps.num_sequences * steps.num_steps * steps.nheads *
+                               steps.headdim * steps.dstate * 2;
+    parallel(steps.num_sequences * parts, threads, operations, [&](int64_t task) {
+        const int64_t part = task % parts;
+        StepsTask<T, ST>(steps, params, rows, task / parts, part * steps.nheads / parts,
+                         (part + 1) * steps.nheads / parts)
+            .run();
+    });
+}
+
+}  // namespace sf

@@ -1,0 +1,102 @@
+// Threads, scratch memory, and the processor's treatment of denormal numbers.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include <omp.h>
+
+#include "simd.h"
+
+namespace sf {
+
+// States decay towards zero, and arithmetic on denormal numbers is many times slower than on
+// others: they count as zero inside a kernel, whatever the caller's setting.
+class FlushDenormals {
+public:
+#if defined(__x86_64__)
+    FlushDenormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040u); }
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+private:
+    unsigned saved_;
+#elif defined(__aarch64__)
+    FlushDenormals() : saved_(__builtin_aarch64_get_fpcr64()) {
+        __builtin_aarch64_set_fpcr64(saved_ | (1ull << 24));
+    }
+    ~FlushDenormals() { __builtin_aarch64_set_fpcr64(saved_); }
+
+private:
+    unsigned long long saved_;
+#endif
+};
+
+// A thread's scratch memory: grows, is handed out piece by piece, and starts anew with each task.
+class Scratch {
+public:
+    ~Scratch() { std::free(base_); }
+
+    // Room for this many bytes in all, 64 more for each piece.
+    void reserve(int64_t bytes) {
+        used_ = 0;
+        if (bytes <= size_) return;
+        std::free(base_);
+        size_ = (bytes + 4095) / 4096 * 4096;
+        base_ = static_cast<char*>(std::aligned_alloc(64, size_t(size_)));
+        if (!base_) {
+            size_ = 0;
+            throw std::bad_alloc();
+        }
+    }
+
+    template <class T>
+    T* take(int64_t count) {
+        char* piece = base_ + used_;
+        used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+        return reinterpret_cast<T*>(piece);
+    }
+
+    static Scratch& of_thread() {
+        static thread_local Scratch scratch;
+        return scratch;
+    }
+
+private:
+    char* base_ = nullptr;
+    int64_t size_ = 0, used_ = 0;
+};
+
+// Bytes of `take` for each of these counts of elements.
+template <class... Count>
+int64_t scratch_bytes(Count... bytes) {
+    return (int64_t(0) + ... + ((int64_t(bytes) + 63) / 64 * 64));
+}
+
+// Run task(i) for i < count. A parallel region costs some microseconds: work of fewer operations
+// than that stays on the caller's thread.
+template <class Task>
+void parallel(int64_t count, int64_t threads, int64_t operations, const Task& task) {
+    int64_t team = operations < 100000 ? 1 : (threads < count ? threads : count);
+    if (team <= 1) {
+        FlushDenormals guard;
+        for (int64_t i = 0; i < count; ++i) task(i);
+        return;
+    }
+#pragma omp parallel num_threads(int(team))
+    {
+        FlushDenormals guard;
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count; ++i) task(i);
+    }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many tasks to make of `items` so that `outer * tasks` keeps all threads busy to the end.
+inline int64_t split(int64_t items, int64_t outer, int64_t threads) {
+    int64_t wanted = ceil_div(threads > 1 ? 2 * threads : 1, outer < 1 ? 1 : outer);
+    return wanted < items ? (wanted < 1 ? 1 : wanted) : items;
+}
+
+}  // namespace sf

@@ -1,0 +1,143 @@
+"""The plain step on the CPU: native/src/step.h. Arguments as in ``state_update.step_torch``.
+
+What the library does not hold (fp16, per-step states of another dtype than the state) goes to the
+torch operations.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stateferry_kernels.layer_state import ACTIVATION_DTYPES, STATE_DTYPES, SsmLayerParams
+from stateferry_kernels.native.arguments import Rows, params_struct
+from stateferry_kernels.native.library import native
+from stateferry_kernels.native.structs import DTYPE_CODES, StepsStruct
+from stateferry_kernels.state_update import step_torch
+from stateferry_kernels.state_update.step_checks import (
+    check_step_inputs,
+    check_step_states,
+    check_tied,
+)
+
+
+def state_step(
+    ssm_state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    params: SsmLayerParams,
+    state_slots: torch.Tensor,
+    out: torch.Tensor,
+    z: torch.Tensor | None = None,
+) -> None:
+    """One token per sequence: the whole state is read and written."""
+    if not _held(ssm_state, x, dt):
+        step_torch.state_step(
+            ssm_state, x, dt, B, C, params=params, state_slots=state_slots, out=out, z=z
+        )
+        return
+    check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots)
+    check_tied(params, ssm_state)
+    rows = Rows(x, dt, B, C, z, out)
+    _run(rows, ssm_state, B, params, state_slots.int().contiguous())
+
+
+def state_steps(
+    ssm_state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    params: SsmLayerParams,
+    state_slots: torch.Tensor,
+    out: torch.Tensor,
+    z: torch.Tensor | None = None,
+    step_states: torch.Tensor | None = None,
+    step_slots: torch.Tensor | None = None,
+    parents: torch.Tensor | None = None,
+    write_state: bool = True,
+) -> None:
+    """Some tokens of each sequence, one after the other or as a tree, keeping every state."""
+    fits = step_states is None or (
+        step_states.dtype == ssm_state.dtype
+        and (not len(step_states) or step_states[0].is_contiguous())
+    )
+    if not (_held(ssm_state, x, dt) and fits and out.is_contiguous()):
+        step_torch.state_steps(
+            *(ssm_state, x, dt, B, C),
+            params=params,
+            state_slots=state_slots,
+            out=out,
+            z=z,
+            step_states=step_states,
+            step_slots=step_slots,
+            parents=parents,
+            write_state=write_state,
+        )
+        return
+    check_step_states(x, ssm_state, step_states, step_slots, parents)
+    check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots, num_steps=x.shape[1])
+    check_tied(params, ssm_state)
+    flat_z = None if z is None else z.flatten(0, 1)
+    rows = Rows(*(t.flatten(0, 1) for t in (x, dt, B, C)), flat_z, out.view(-1, *out.shape[2:]))
+    slots = state_slots.int().contiguous()
+    _run(
+        rows,
+        ssm_state,
+        B[:, 0],
+        params,
+        slots,
+        num_steps=x.shape[1],
+        step_states=step_states,
+        step_slots=slots if step_slots is None else step_slots.int().contiguous(),
+        parents=None if parents is None else parents.int().contiguous(),
+        write_state=write_state,
+    )
+
+
+def _held(ssm_state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> bool:
+    """Whether the library has these dtypes and this layout."""
+    return (
+        ssm_state.dtype in STATE_DTYPES
+        and x.dtype in ACTIVATION_DTYPES
+        and dt.dtype in ACTIVATION_DTYPES
+        and (not len(ssm_state) or ssm_state[0].is_contiguous())
+    )
+
+
+def _run(
+    rows: Rows,
+    ssm_state: torch.Tensor,
+    B: torch.Tensor,
+    params: SsmLayerParams,
+    state_slots: torch.Tensor,
+    *,
+    num_steps: int = 1,
+    step_states: torch.Tensor | None = None,
+    step_slots: torch.Tensor | None = None,
+    parents: torch.Tensor | None = None,
+    write_state: bool = True,
+) -> None:
+    def address(tensor: torch.Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    steps = StepsStruct(
+        len(state_slots),
+        num_steps,
+        state_slots.data_ptr(),
+        ssm_state.data_ptr(),
+        ssm_state.stride(0),
+        *ssm_state.shape[1:],
+        B.shape[1],
+        rows.dtype_code,
+        DTYPE_CODES[ssm_state.dtype],
+        address(step_states),
+        0 if step_states is None else step_states.stride(0),
+        address(step_slots),
+        address(parents),
+        int(write_state),
+    )
+    native().state_steps(steps, params_struct(params), rows.struct, torch.get_num_threads())
