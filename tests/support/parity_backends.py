@@ -1,23 +1,62 @@
-"""The kernels that the parity entries are tested on."""
+"""The kernels that the parity entries are tested on, and the device that their tensors live on."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 
-from stateferry_kernels.dispatch import Kernels, select_kernels
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 
-BACKENDS = ("torch", "cpu")
+from stateferry_kernels.dispatch import Kernels, select_kernels  # noqa: E402
+from stateferry_kernels.native.library import NativeUnavailable, native  # noqa: E402
+
+# The interpreter is slow: it runs only the cases that are marked as small.
+SMALL_CASES = ("torch", "cpu", "triton")
+ALL_CASES = SMALL_CASES if ON_GPU else ("torch", "cpu")
+# For what does not go through the kernels.
+DEVICES = ("cpu", "cuda") if ON_GPU else ("cpu",)
 
 
-def kernels_or_skip(name: str) -> Kernels:
-    """Skips the test with the reason when there is no such backend here."""
-    if name == "cpu":
-        from stateferry_kernels.conv1d import cpu_ops as c
-        from stateferry_kernels.ssd import cpu_ops as s
-        from stateferry_kernels.state_update import cpu_ops as u
-        from stateferry_kernels.state_update import step_cpu as t
-        return replace(select_kernels("torch"), name="cpu", chunk_scan=s.chunk_scan, commit=u.commit, state_step=t.state_step, state_steps=t.state_steps, causal_conv1d_extend=c.causal_conv1d_extend)
-    from stateferry_kernels.state_update import step_torch as t
-    return replace(select_kernels(name), state_step=t.state_step, state_steps=t.state_steps)
+def kernels_or_skip(name: str) -> Iterator[Kernels]:
+    """The body of a fixture: the backend, with new tensors on its device. Skips the test with the
+    reason when there is no such backend here."""
+    try:
+        if name == "cpu":
+            native()
+        kernels = select_kernels(name)
+    except (ValueError, ImportError, NativeUnavailable) as error:
+        pytest.skip(f"parity entries not tested on {name!r}: {error}")
+    with torch.device("cuda" if name == "triton" and ON_GPU else "cpu"):
+        yield kernels
+
+
+class Numbers:
+    """Random tensors on the default device, the same numbers on every one."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def normal(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._placed(torch.randn(size, generator=self._generator, device="cpu"), dtype)
+
+    def uniform(self, *size: int) -> torch.Tensor:
+        numbers = torch.rand(size, generator=self._generator, device="cpu")
+        return self._placed(numbers, torch.float32)
+
+    def integers(self, low: int, high: int, count: int) -> list[int]:
+        """``count`` numbers in [low, high)."""
+        drawn = torch.randint(low, high, (count,), generator=self._generator, device="cpu")
+        return drawn.tolist()
+
+    def cuts(self, length: int, count: int) -> list[int]:
+        """``count`` different numbers in [1, length), ascending."""
+        drawn = torch.randperm(length - 1, generator=self._generator, device="cpu") + 1
+        return sorted(drawn[:count].tolist())
+
+    def _placed(self, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return numbers.to(dtype=dtype, device=torch.get_default_device())

@@ -7,7 +7,7 @@
 namespace sf {
 
 // Relative error below 1e-7. Below the smallest normal number 0; above 88.37 infinity.
-inline F16 exp(F16 x) {
+SF_INLINE F16 exp(F16 x) {
     const F16 low = set1(-87.3365f), high = set1(88.3762f);
     F16 inside = min(high, max(low, x));
     F16 n = round_even(mul(inside, set1(1.44269504f)));
@@ -31,10 +31,10 @@ inline F16 exp(F16 x) {
     return select(under, y, add(x, x));
 }
 
-inline F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
+SF_INLINE F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
 
 // log(1 + exp(x)) = max(x, 0) + log1p(u), u = exp(-|x|);  log1p(u) = 2 atanh(u / (2 + u)).
-inline F16 softplus(F16 x) {
+SF_INLINE F16 softplus(F16 x) {
     F16 u = exp(sub(zero(), abs(x)));
     F16 s = div(u, add(set1(2.0f), u));
     F16 s2 = mul(s, s);
@@ -50,7 +50,7 @@ inline F16 softplus(F16 x) {
     return add(max(zero(), x), mul(mul(set1(2.0f), s), p));
 }
 
-inline float exp(float x) {
+SF_INLINE float exp(float x) {
     float lanes[LANES];
     store(lanes, exp(set1(x)));
     return lanes[0];

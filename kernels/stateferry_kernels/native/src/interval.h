@@ -56,7 +56,7 @@ inline void fold_weights(const float* c, const float* dt, int64_t n, float* weig
 
 // Sixteen elements of an output, stored in the activation dtype.
 template <class T>
-inline void finish(F16 within, F16 before, float grown, const float* D, F16 x, const T* z,
+SF_INLINE void finish(F16 within, F16 before, float grown, const float* D, F16 x, const T* z,
                    int64_t n, T* out) {
     F16 y = fma(set1(grown), before, within);
     if (D) y = fma(set1(*D), x, y);
@@ -69,11 +69,15 @@ inline void fold_tile(const ST* state, int64_t N, int64_t n, float decay, const 
                       int64_t ldx, const float* B, int64_t ldb, int64_t length, ST* next) {
     F16 sums[R][V];
     F16 remains = set1(decay);
+    SF_UNROLL
     for (int i = 0; i < R; ++i)
+        SF_UNROLL
         for (int v = 0; v < V; ++v)
             sums[i][v] = mul(remains, load_upto(state + i * N + v * LANES, n - v * LANES));
     combine_tile<R, V>(x, 1, ldx, B, ldb, length, sums);
+    SF_UNROLL
     for (int i = 0; i < R; ++i)
+        SF_UNROLL
         for (int v = 0; v < V; ++v)
             store_upto(next + i * N + v * LANES, sums[i][v], n - v * LANES);
 }
@@ -97,6 +101,8 @@ inline void fold(const ST* state, int64_t P, int64_t N, float decay, const float
     int64_t p = 0;
     for (; p + COMBINE_ROWS <= P; p += COMBINE_ROWS)
         fold_rows<COMBINE_ROWS>(state + p * N, N, decay, x + p, ldx, B, ldb, length, next + p * N);
+    for (; p + 4 <= P; p += 4)
+        fold_rows<4>(state + p * N, N, decay, x + p, ldx, B, ldb, length, next + p * N);
     for (; p + 2 <= P; p += 2)
         fold_rows<2>(state + p * N, N, decay, x + p, ldx, B, ldb, length, next + p * N);
     if (p < P) fold_rows<1>(state + p * N, N, decay, x + p, ldx, B, ldb, length, next + p * N);

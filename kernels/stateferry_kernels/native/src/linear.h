@@ -44,8 +44,12 @@ inline int64_t linear_block(int64_t inputs, int64_t outputs, int64_t threads) {
     return round_up(count < LANES ? LANES : count);
 }
 
-// Rows that share one pass over a block: their sums wait in scratch memory.
-constexpr int64_t LINEAR_ROWS = 48;
+// Rows that share one pass over a block: as many as stay in a core's second-level cache.
+inline int64_t linear_rows(int64_t inputs, int64_t rows) {
+    const int64_t fit = LINEAR_BLOCK_BYTES / (4 * (inputs ? inputs : 1)) / 6 * 6;
+    const int64_t few = fit < 12 ? 12 : fit;
+    return rows < few ? rows : few;
+}
 
 inline void linear(const LinearArgs<float>& args, int64_t threads) {
     const int64_t block = linear_block(args.inputs, args.outputs, threads);
@@ -53,12 +57,13 @@ inline void linear(const LinearArgs<float>& args, int64_t threads) {
     parallel(ceil_div(args.outputs, block), threads, operations, [&](int64_t b) {
         const int64_t first = b * block;
         const int64_t count = args.outputs - first < block ? args.outputs - first : block;
+        const int64_t most = linear_rows(args.inputs, args.rows);
         Scratch& scratch = Scratch::of_thread();
-        scratch.reserve(scratch_bytes(LINEAR_ROWS * block * 4));
-        float* sums = scratch.take<float>(LINEAR_ROWS * block);
-        for (int64_t r = 0; r < args.rows; r += LINEAR_ROWS) {
-            const int64_t rows = args.rows - r < LINEAR_ROWS ? args.rows - r : LINEAR_ROWS;
-            dot(args.x + r * args.x_stride, args.x_stride, rows,
+        scratch.reserve(scratch_bytes(most * block * 4));
+        float* sums = scratch.take<float>(most * block);
+        for (int64_t r = 0; r < args.rows; r += most) {
+            const int64_t rows = args.rows - r < most ? args.rows - r : most;
+            dot_streamed(args.x + r * args.x_stride, args.x_stride, rows,
                 args.weight + first * args.inputs, args.inputs, count, args.inputs, sums, block);
             store_outputs(args, sums, block, r, rows, first, count);
         }
@@ -71,20 +76,27 @@ template <int R, int C>
 inline void pair_tile(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, int64_t depth,
                       float* out, int64_t ldo) {
     __m512 sums[R][C];
+    SF_UNROLL
     for (int i = 0; i < R; ++i)
+        SF_UNROLL
         for (int j = 0; j < C; ++j) sums[i][j] = _mm512_setzero_ps();
     for (int64_t k = 0; k < depth; k += 2 * LANES) {
         const int64_t rest = depth - k;
         const __mmask32 mask = rest >= 32 ? 0xffffffffu : (1u << rest) - 1u;
         __m512bh right[C];
+        SF_UNROLL
         for (int j = 0; j < C; ++j)
             right[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, b + j * ldb + k);
+        SF_UNROLL
         for (int i = 0; i < R; ++i) {
             __m512bh left = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i * lda + k);
+            SF_UNROLL
             for (int j = 0; j < C; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
         }
     }
+    SF_UNROLL
     for (int i = 0; i < R; ++i)
+        SF_UNROLL
         for (int j = 0; j < C; ++j) out[i * ldo + j] = sum(F16{sums[i][j]});
 }
 
@@ -150,11 +162,15 @@ template <int R, int C>
 inline void narrow_tile(const float* a, int64_t lda, const bf16* b, int64_t ldb, int64_t inputs,
                         float* out, int64_t ldo) {
     F16 sums[R][C];
+    SF_UNROLL
     for (int i = 0; i < R; ++i)
+        SF_UNROLL
         for (int j = 0; j < C; ++j) sums[i][j] = zero();
     for (int64_t k = 0; k < inputs; k += 32) {
+        SF_UNROLL
         for (int j = 0; j < C; ++j) {
             F16 even, odd;
+            __builtin_prefetch(b + (j + C) * ldb + k);
             if (inputs - k >= 32) {
                 load_pairs(b + j * ldb + k, even, odd);
             } else {
@@ -162,13 +178,16 @@ inline void narrow_tile(const float* a, int64_t lda, const bf16* b, int64_t ldb,
                 std::memcpy(rest, b + j * ldb + k, size_t(inputs - k) * 2);
                 load_pairs(rest, even, odd);
             }
+            SF_UNROLL
             for (int i = 0; i < R; ++i) {
                 sums[i][j] = fma(load(a + i * lda + k), even, sums[i][j]);
                 sums[i][j] = fma(load(a + i * lda + k + LANES), odd, sums[i][j]);
             }
         }
     }
+    SF_UNROLL
     for (int i = 0; i < R; ++i)
+        SF_UNROLL
         for (int j = 0; j < C; ++j) out[i * ldo + j] = sum(sums[i][j]);
 }
 
@@ -193,8 +212,9 @@ inline void linear(const LinearArgs<bf16>& args, int64_t threads) {
         const bf16* weight = args.weight + first * args.inputs;
         const bool widened = args.rows >= WIDEN_ROWS;
         Scratch& scratch = Scratch::of_thread();
-        scratch.reserve(scratch_bytes(LINEAR_ROWS * block * 4, widened ? block * length * 4 : 0));
-        float* sums = scratch.take<float>(LINEAR_ROWS * block);
+        const int64_t most = linear_rows(length, args.rows);
+        scratch.reserve(scratch_bytes(most * block * 4, widened ? block * length * 4 : 0));
+        float* sums = scratch.take<float>(most * block);
         if (!widened) {
             auto rows = [&]<int R>(int64_t r) {
                 int64_t j = 0;
@@ -215,9 +235,9 @@ inline void linear(const LinearArgs<bf16>& args, int64_t threads) {
         float* wide = scratch.take<float>(block * length);
         for (int64_t j = 0; j < count; ++j)
             widen_pairs(weight + j * args.inputs, args.inputs, wide + j * length);
-        for (int64_t r = 0; r < args.rows; r += LINEAR_ROWS) {
-            const int64_t rows = args.rows - r < LINEAR_ROWS ? args.rows - r : LINEAR_ROWS;
-            dot(x + r * length, length, rows, wide, length, count, length, sums, block);
+        for (int64_t r = 0; r < args.rows; r += most) {
+            const int64_t rows = args.rows - r < most ? args.rows - r : most;
+            dot_streamed(x + r * length, length, rows, wide, length, count, length, sums, block);
             store_outputs(args, sums, block, r, rows, first, count);
         }
     });

@@ -192,8 +192,8 @@ private:
             const int64_t from = plan_.rows[size_t(r)].fold;
             while (last < R_ && plan_.rows[size_t(last)].fold == from) ++last;
             const ST* start = from < 0 ? state : folded_ + from * P_ * N_;
-            dot(C + r * rows_.C_stride, rows_.C_stride, last - r, start, N_, P_, N_,
-                before_ + r * ldx_, ldx_);
+            dot_streamed(C + r * rows_.C_stride, rows_.C_stride, last - r, start, N_, P_, N_,
+                         before_ + r * ldx_, ldx_);
             r = last;
         }
         for (r = 0; r < R_; ++r) output(h, r);
@@ -252,15 +252,21 @@ private:
     void output_columns(int64_t h, int64_t r, int64_t p, int64_t n) {
         const std::vector<int32_t>& entries = plan_.rows[size_t(r)].entries;
         F16 sums[V];
+        SF_UNROLL
         for (int v = 0; v < V; ++v) sums[v] = zero();
         for (size_t s = 0; s < entries.size(); ++s) {
             const T* x = entry_x(entries[s], h) + p;
             F16 weight = set1(weights_[s]);
-            for (int v = 0; v < V; ++v)
+            SF_UNROLL
+            for (int v = 0; v < V; ++v) {
+                // The next head's part of the row: far from the next row's of this head.
+                __builtin_prefetch(x + P_ + v * LANES);
                 sums[v] = fma(weight, load_upto(x + v * LANES, n - v * LANES), sums[v]);
+            }
         }
         const float* D = params_.D ? params_.D + head_ + h : nullptr;
         const int64_t batch_row = plan_.first_row + r, at = (head_ + h) * P_ + p;
+        SF_UNROLL
         for (int v = 0; v < V; ++v) {
             const int64_t column = at + v * LANES, rest = n - v * LANES;
             const T* z = rows_.z ? static_cast<const T*>(rows_.z) + batch_row * rows_.z_stride +

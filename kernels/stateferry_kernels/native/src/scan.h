@@ -120,6 +120,7 @@ private:
         const float* state = wide(state_[h]);
         int64_t t = first_;
         for (; t + COMBINE_ROWS <= length_; t += COMBINE_ROWS) output<COMBINE_ROWS>(h, t, state);
+        for (; t + 4 <= length_; t += 4) output<4>(h, t, state);
         for (; t + 2 <= length_; t += 2) output<2>(h, t, state);
         if (t < length_) output<1>(h, t, state);
         if (length_ < Q_) return;
@@ -135,6 +136,7 @@ private:
     template <int R>
     void output(int64_t h, int64_t t, const float* state) {
         dot(C_ + t * ldn_, ldn_, R, state, N_, P_, N_, before_, ldx_);
+        SF_UNROLL
         for (int i = 0; i < R; ++i)
             row_weights(CB_ + (t + i) * ldq_, cumsum_ + h * ldq_, dt_ + h * ldq_,
                         cumsum_[h * ldq_ + t + i], t + i + 1, weights_ + i * ldq_);
@@ -147,18 +149,25 @@ private:
     template <int R, int V>
     void output_columns(int64_t h, int64_t t, int64_t p) {
         F16 sums[R][V];
+        SF_UNROLL
         for (int i = 0; i < R; ++i)
+            SF_UNROLL
             for (int v = 0; v < V; ++v) sums[i][v] = zero();
         combine_tile<R, V>(weights_, ldq_, 1, x_ + p, ldx_, t + 1, sums);
         // Of the block's own tokens each row takes those up to itself.
+        SF_UNROLL
         for (int j = 1; j < R; ++j)
+            SF_UNROLL
             for (int v = 0; v < V; ++v) {
                 F16 x = load(x_ + (t + j) * ldx_ + p + v * LANES);
+                SF_UNROLL
                 for (int i = j; i < R; ++i)
                     sums[i][v] = fma(set1(weights_[i * ldq_ + t + j]), x, sums[i][v]);
             }
         const float* D = params_.D ? params_.D + head_ + h : nullptr;
+        SF_UNROLL
         for (int i = 0; i < R; ++i)
+            SF_UNROLL
             for (int v = 0; v < V; ++v) {
                 int64_t column = p + v * LANES, at = (head_ + h) * P_ + column;
                 int64_t token = token_ + t + i;

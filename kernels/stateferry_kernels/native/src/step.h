@@ -24,27 +24,38 @@ struct sf_steps {
 
 namespace sf {
 
-// next = state * decay + (dt x) B, stored as ST, and in fp32 where `unrounded` says so;
+// Two rows leave registers for everything else that a vector needs.
+constexpr int STEP_ROWS = 2;
+// Elements ahead of which a state is fetched: a core alone does not ask for enough of them.
+constexpr int64_t STEP_AHEAD = 512;
+
+// next = state * decay + (dt x) B, stored as ST, and in fp32 at `carried` where CARRY says so;
 // y[p] = next . C before any rounding. For rows [0, R) of the state.
-template <int R, class From, class ST>
+template <int R, bool CARRY, class From, class ST>
 inline void step_rows(const From* state, int64_t N, float decay, const float* dtx, const float* B,
-                      const float* C, ST* next, float* unrounded, float* y) {
+                      const float* C, ST* next, float* carried, float* y) {
     F16 remains = set1(decay), sums[R], inputs[R];
+    SF_UNROLL
     for (int i = 0; i < R; ++i) {
         sums[i] = zero();
         inputs[i] = set1(dtx[i]);
     }
-    for (int64_t n = 0; n < N; n += LANES) {
-        const int64_t rest = N - n;
+    auto vector = [&](int64_t n, int64_t count) __attribute__((always_inline)) {
         F16 b = load(B + n), c = load(C + n);
+        SF_UNROLL
         for (int i = 0; i < R; ++i) {
-            F16 s = load_upto(state + i * N + n, rest);
+            __builtin_prefetch(state + i * N + n + STEP_AHEAD, 1);
+            F16 s = load_upto(state + i * N + n, count);
             s = fma(s, remains, mul(inputs[i], b));
-            store_upto(next + i * N + n, s, rest);
-            if (unrounded) store_upto(unrounded + i * N + n, s, rest);
+            store_upto(next + i * N + n, s, count);
+            if (CARRY) store_upto(carried + i * N + n, s, count);
             sums[i] = fma(s, c, sums[i]);
         }
-    }
+    };
+    int64_t n = 0;
+    for (; n + LANES <= N; n += LANES) vector(n, LANES);
+    if (n < N) vector(n, N - n);
+    SF_UNROLL
     for (int i = 0; i < R; ++i) y[i] = sum(sums[i]);
 }
 
@@ -117,13 +128,13 @@ private:
         // The slot itself changes only after the last step that may read it.
         const bool last = t + 1 == steps_.num_steps;
         ST* to = saves_ ? saved(h, t) : last && steps_.write_state ? home(h) : dropped_;
-        float* carried = tree_ || last ? nullptr : carried_;
-        if (t && !tree_) {
-            update(carried_, decay, to, carried);
-        } else {
-            const int64_t parent = t ? steps_.parent[row(t)] : -1;
-            update(parent < 0 ? home(h) : saved(h, parent), decay, to, carried);
-        }
+        const int64_t parent = t && tree_ ? steps_.parent[row(t)] : -1;
+        if (t && !tree_)
+            last ? update<false>(carried_, decay, to) : update<true>(carried_, decay, to);
+        else if (parent >= 0)
+            update<false>(saved(h, parent), decay, to);
+        else
+            tree_ || last ? update<false>(home(h), decay, to) : update<true>(home(h), decay, to);
         if (saves_ && last && steps_.write_state)
             std::memcpy(home(h), to, size_t(P_ * N_) * sizeof(ST));
         const float* D = params_.D ? params_.D + h : nullptr;
@@ -134,15 +145,15 @@ private:
                    z ? z + row(t) * rows_.z_stride + h * P_ + p : nullptr, P_ - p, out + p);
     }
 
-    template <class From>
-    void update(const From* from, float decay, ST* to, float* carried) {
+    template <bool CARRY, class From>
+    void update(const From* from, float decay, ST* to) {
         int64_t p = 0;
-        for (; p + 4 <= P_; p += 4)
-            step_rows<4>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
-                         carried ? carried + p * N_ : nullptr, y_ + p);
+        for (; p + STEP_ROWS <= P_; p += STEP_ROWS)
+            step_rows<STEP_ROWS, CARRY>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
+                                        carried_ + p * N_, y_ + p);
         for (; p < P_; ++p)
-            step_rows<1>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
-                         carried ? carried + p * N_ : nullptr, y_ + p);
+            step_rows<1, CARRY>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
+                                carried_ + p * N_, y_ + p);
     }
 
     const sf_steps& steps_;
