@@ -24,9 +24,17 @@ from stateferry.core.errors import ConfigError
 ENV_PREFIX = "STATEFERRY"
 
 
-def _setting(default: Any, help: str, *, secret: bool = False, least: float | None = None) -> Any:
-    """``least`` is the smallest value allowed; numbers must be finite."""
-    metadata = {"help": help, "secret": secret, "least": least}
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    secret: bool = False,
+    least: float | None = None,
+    variable: str | None = None,
+) -> Any:
+    """``least`` is the smallest value allowed; numbers must be finite. ``variable`` is a shorter
+    name in the environment; the full one wins."""
+    metadata = {"help": help, "secret": secret, "least": least, "variable": variable}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -94,7 +102,11 @@ class WorkerSection:
     )
     max_queue: int = _setting(256, "Requests waiting for a place; more are refused.", least=1)
     extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.", least=1)
-    kernels: str = _setting("auto", "Kernel backend: auto, torch, reference.")
+    kernels: str = _setting(
+        "auto",
+        "Kernel backend: auto, cpu, triton, torch, reference.",
+        variable=f"{ENV_PREFIX}_KERNELS",
+    )
     threads: int = _setting(1, "CPU threads of one tensor operation.", least=1)
 
 
@@ -227,9 +239,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, section in _sections(Config()):
         for field in dataclasses.fields(section):
-            variable = _variable(name, field.name)
-            if variable in environ:
-                found[f"{name}.{field.name}"] = environ[variable]
+            for variable in (field.metadata["variable"], _variable(name, field.name)):
+                if variable is not None and variable in environ:
+                    found[f"{name}.{field.name}"] = environ[variable]
     return found
 
 

@@ -30,6 +30,8 @@ def markdown() -> str:
             variable = f"{ENV_PREFIX}_{name}_{field.name}".upper()
             default = f"`{_toml(field.default)}`"
             meaning = str(field.metadata["help"]).replace("|", "\\|")
+            if short := field.metadata["variable"]:
+                variable += f"`, `{short}"
             parts.append(f"| `{field.name}` | {default} | `{variable}` | {meaning} |\n")
     return "".join(parts)
 

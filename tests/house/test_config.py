@@ -58,6 +58,13 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.toml", environ={})
 
 
+def test_the_short_name_of_a_setting_yields_to_its_full_name() -> None:
+    environ = {"STATEFERRY_KERNELS": "torch"}
+    assert load_config(environ=environ).worker.kernels == "torch"
+    environ["STATEFERRY_WORKER_KERNELS"] = "reference"
+    assert load_config(environ=environ).worker.kernels == "reference"
+
+
 def test_a_wrong_type_in_the_environment_names_the_key() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(environ={"STATEFERRY_WORKER_THREADS": "two"})

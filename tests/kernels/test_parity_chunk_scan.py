@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from stateferry_kernels.dispatch import Kernels
 from stateferry_kernels.native.library import NativeUnavailable
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity import mamba_chunk_scan_combined, throwaway
 from support.parity_backends import ALL_CASES, SMALL_CASES, Numbers, kernels_or_skip
 from support.parity_reference import Scan, assert_close, scan

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stateferry_kernels.dispatch import Kernels
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity import causal_conv1d_fn, causal_conv1d_update
 from support.parity_backends import ALL_CASES, DEVICES, SMALL_CASES, Numbers, kernels_or_skip
 from support.parity_reference import assert_close, conv

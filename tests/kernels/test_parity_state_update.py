@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stateferry_kernels.dispatch import Kernels
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity import selective_state_update
 from support.parity_backends import ALL_CASES, DEVICES, SMALL_CASES, Numbers, kernels_or_skip
 from support.parity_reference import assert_close, step

@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 
-from stateferry_kernels.dispatch import Kernels, select_kernels
+from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.draft_plans import (
     ROOT,
     AcceptPlan,
@@ -20,6 +20,7 @@ from stateferry_kernels.draft_plans import (
     VerifySequence,
 )
 from stateferry_kernels.layer_state import PAD_SLOT, STATE_DTYPES
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.plans import (
     BoundaryWrite,
     CommitPlan,

@@ -32,7 +32,7 @@ CLUSTER_KEY = ClusterKey(KEY.encode())
 EOS = 256
 VOCAB_SIZE = 300
 MODEL = ModelInfo("tiny", VOCAB_SIZE, 4096, 32, frozenset({EOS}), None, "float32")
-FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w", "l", 32, "float32")
+FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w", "l", 32, "float32", "cpu")
 STOPPED = worker_pb2.WorkerFinish(reason=worker_pb2.WORKER_FINISH_REASON_STOP)
 FULL = worker_pb2.WorkerFinish(reason=worker_pb2.WORKER_FINISH_REASON_LENGTH)
 

@@ -127,16 +127,18 @@ async def test_a_worker_that_does_not_fit_is_told_why(
         assert not is_live(cluster)
 
 
-async def test_workers_with_other_weights_never_serve_side_by_side() -> None:
-    """The router has no weights of its own here, so the first worker decides."""
-    other = description(Role.PREFILL, fingerprint=dataclasses.replace(FINGERPRINT, weights="x"))
+@pytest.mark.parametrize("field", ["weights", "numerics"])
+async def test_workers_of_other_bits_never_serve_side_by_side(field: str) -> None:
+    """The router has neither weights nor kernels of its own here, so the first worker decides."""
+    changed = dataclasses.replace(FINGERPRINT, **{field: "x"})
+    other = description(Role.PREFILL, fingerprint=changed)
     async with fake_cluster(nothing, nothing, join=False) as cluster:
         call = stub_of(cluster).Join()
         await call.write(hello())
         await call.read()
         error = await failure(stub_of(cluster).Join(iter([hello(other)])))
         assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert str(error.details()).startswith("weights: ")
+        assert str(error.details()).startswith(f"{field}: ")
         call.cancel()
         await cluster.until(lambda: not is_live(cluster))
         late = stub_of(cluster).Join()

@@ -12,8 +12,9 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from stateferry_kernels.dispatch import Kernels, select_kernels  # noqa: E402
+from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.native.library import NativeUnavailable, native  # noqa: E402
+from stateferry_kernels.operations import Kernels  # noqa: E402
 
 # The interpreter is slow: it runs only the cases that are marked as small.
 SMALL_CASES = ("torch", "cpu", "triton")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stateferry_kernels.dispatch import Kernels, select_kernels
+from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.draft_plans import (
     AcceptPlan,
     AcceptSequence,
@@ -23,6 +23,7 @@ from stateferry_kernels.layer_state import (
     LayerState,
     SsmLayerParams,
 )
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.plans import (
     BoundaryWrite,
     CommitPlan,

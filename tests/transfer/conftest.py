@@ -24,7 +24,7 @@ from stateferry.transfer.receiver import HandoffReceiver
 from stateferry.transfer.sender import HandoffSender
 from stateferry.transfer.transport import Connection, Link
 
-FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w" * 16, "l" * 16, 64, "bfloat16")
+FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w" * 16, "l" * 16, 64, "bfloat16", "cpu")
 DECODE = WorkerKey("decode-0", 7)
 PREFILL = WorkerKey("prefill-0", 3)
 LIMITS = TransferLimits(

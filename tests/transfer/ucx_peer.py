@@ -31,7 +31,7 @@ from stateferry.transfer.sender import HandoffSender
 from stateferry.transfer.transport import Connection
 from stateferry.transfer.ucx import UcxLink, UcxSettings, UcxTransport
 
-FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w", "l", 64, "bfloat16")
+FINGERPRINT = Fingerprint(PROTOCOL_VERSION, "tiny", "w", "l", 64, "bfloat16", "cpu")
 DECODE = WorkerKey("decode-0", 1)
 LIMITS = TransferLimits(staging_bytes=512 << 20, progress_timeout_s=2.0)
 

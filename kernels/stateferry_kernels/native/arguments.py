@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from stateferry_kernels.native.structs import (
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 _KEY = "native"
+_Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
 
 def layer_struct(state: LayerState) -> LayerStruct:
@@ -138,7 +139,7 @@ def _addresses(*tensors: torch.Tensor) -> tuple[int, ...]:
 def extend_struct(plan: ExtendPlan) -> ExtendPlanStruct:
     """Where an extend's rows come from and go to."""
 
-    def build() -> tuple[ctypes.Structure, Any]:
+    def build() -> tuple[ExtendPlanStruct, Any]:
         sequences = plan.sequences
         writes = [write for sequence in sequences for write in sequence.boundaries]
         columns = _int64s(
@@ -159,7 +160,7 @@ def extend_struct(plan: ExtendPlan) -> ExtendPlanStruct:
 def decode_struct(plan: DecodePlan) -> DecodePlanStruct:
     """Where a decode step's rows come from and go to."""
 
-    def build() -> tuple[ctypes.Structure, Any]:
+    def build() -> tuple[DecodePlanStruct, Any]:
         columns = _int64s(plan.state_slots, plan.tail_pages, plan.tail_rows)
         return DecodePlanStruct(len(plan.state_slots), *_starts(columns)), columns
 
@@ -169,7 +170,7 @@ def decode_struct(plan: DecodePlan) -> DecodePlanStruct:
 def commit_struct(plan: CommitPlan) -> CommitPlanStruct:
     """Which tails are folded into which slots."""
 
-    def build() -> tuple[ctypes.Structure, Any]:
+    def build() -> tuple[CommitPlanStruct, Any]:
         columns = _int64s(plan.src_slots, plan.dst_slots, plan.tail_pages, plan.tail_rows)
         return CommitPlanStruct(len(plan.src_slots), *_starts(columns)), columns
 
@@ -179,7 +180,7 @@ def commit_struct(plan: CommitPlan) -> CommitPlanStruct:
 def verify_struct(plan: VerifyPlan) -> VerifyPlanStruct:
     """What each draft row follows."""
 
-    def build() -> tuple[ctypes.Structure, Any]:
+    def build() -> tuple[VerifyPlanStruct, Any]:
         sequences = plan.sequences
         columns = _int64s(
             [s.state_slot for s in sequences],
@@ -197,7 +198,7 @@ def verify_struct(plan: VerifyPlan) -> VerifyPlanStruct:
 def accept_struct(plan: AcceptPlan) -> AcceptPlanStruct:
     """Which draft rows are kept."""
 
-    def build() -> tuple[ctypes.Structure, Any]:
+    def build() -> tuple[AcceptPlanStruct, Any]:
         sequences = plan.sequences
         columns = _int64s(
             [s.state_slot for s in sequences],
@@ -213,10 +214,12 @@ def accept_struct(plan: AcceptPlan) -> AcceptPlanStruct:
     return _cached(plan.cache, build)
 
 
-def _cached(cache: dict[str, Any], build: Any) -> Any:
+def _cached(cache: dict[str, Any], build: Callable[[], tuple[_Struct, Any]]) -> _Struct:
+    """The struct that ``build`` made once; what it points to is kept alive beside it."""
     if _KEY not in cache:
         cache[_KEY] = build()
-    return cache[_KEY][0]
+    struct: _Struct = cache[_KEY][0]
+    return struct
 
 
 def _int64s(*columns: Iterable[int]) -> list[array[int]]:

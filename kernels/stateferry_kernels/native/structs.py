@@ -21,10 +21,7 @@ def _columns(*names: str) -> list[tuple[str, type]]:
 class LayerStruct(ctypes.Structure):
     _fields_ = [
         *_strided("ssm_state", "conv_state", "tail_xBC", "tail_x", "tail_B", "tail_dt"),
-        *[
-            (name, c_int64)
-            for name in "nheads headdim dstate ngroups conv_dim window grid".split()
-        ],
+        *[(name, c_int64) for name in "nheads headdim dstate ngroups conv_dim window grid".split()],
         *[("activation", c_int64), ("state", c_int64)],
     ]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from stateferry_kernels.dispatch import Kernels
 from stateferry_kernels.elementwise import silu
 from stateferry_kernels.guards import check_tensor
 from stateferry_kernels.layer_state import ACTIVATION_DTYPES, ZERO_SLOT, LayerState, SsmLayerParams
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity.host_lists import host_list, packed_offsets
 from stateferry_kernels.parity.scan_plan import (
     ScanPlan,

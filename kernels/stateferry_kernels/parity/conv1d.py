@@ -8,9 +8,9 @@ from itertools import groupby, pairwise
 
 import torch
 
-from stateferry_kernels.dispatch import Kernels
 from stateferry_kernels.guards import check_tensor
 from stateferry_kernels.layer_state import ACTIVATION_DTYPES, PAD_SLOT, ZERO_SLOT, ConvParams
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity.host_lists import host_list, packed_offsets
 from stateferry_kernels.parity.scan_plan import plan_scan, stretches_of_packed
 from stateferry_kernels.parity.throwaway import conv_state as throwaway_conv_state

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from stateferry_kernels.dispatch import Kernels
 from stateferry_kernels.elementwise import silu
 from stateferry_kernels.guards import check_pool, check_tensor
 from stateferry_kernels.layer_state import PAD_SLOT, SsmLayerParams
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity.throwaway import default_kernels
 from stateferry_kernels.state_update.step_torch import state_step_untied
 

@@ -6,9 +6,10 @@ from functools import cache
 
 import torch
 
-from stateferry_kernels.dispatch import Kernels, select_kernels
+from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.layer_state import ZERO_SLOT, LayerState
 from stateferry_kernels.native.library import NativeUnavailable, native
+from stateferry_kernels.operations import Kernels
 
 
 @cache

@@ -82,7 +82,8 @@ def state_steps(
     check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots, num_steps=x.shape[1])
     check_tied(params, ssm_state)
     flat_z = None if z is None else z.flatten(0, 1)
-    rows = Rows(*(t.flatten(0, 1) for t in (x, dt, B, C)), flat_z, out.view(-1, *out.shape[2:]))
+    flat_x, flat_dt, flat_B, flat_C = (t.flatten(0, 1) for t in (x, dt, B, C))
+    rows = Rows(flat_x, flat_dt, flat_B, flat_C, flat_z, out.view(-1, *out.shape[2:]))
     slots = state_slots.int().contiguous()
     _run(
         rows,

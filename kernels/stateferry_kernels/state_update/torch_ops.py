@@ -67,8 +67,7 @@ def decode_row(
     if key not in plan.cache:
         plan.cache[key] = _Masks.of(live.rows, plan.grid)
     masks: _Masks = plan.cache[key]
-    tails = (t.index_select(0, live.pages) for t in (state.tail_x, state.tail_B, state.tail_dt))
-    intervals = _written(*tails, masks, params)
+    intervals = _tails(live.pages, masks, params, state)
     states = state.ssm_state.index_select(0, live.slots)
     y = _newest_rows(x, C, intervals, masks, states, params)
     if z is not None:
@@ -89,8 +88,7 @@ def commit(*, params: SsmLayerParams, plan: CommitPlan, state: LayerState) -> No
     if not plan.dst_slots:
         return
     index = _commit_index(plan, state.ssm_state.device)
-    tails = (t.index_select(0, index.pages) for t in (state.tail_x, state.tail_B, state.tail_dt))
-    intervals = _written(*tails, index.masks, params)
+    intervals = _tails(index.pages, index.masks, params, state)
     src = state.ssm_state.index_select(0, index.src)
     state.ssm_state[index.dst] = next_states(src, *fold_inputs(intervals))
     window = state.conv_state.shape[2]
@@ -182,6 +180,13 @@ class _Masks:
         return cls(newest, later[:, None, None], written[:, None, :, None])
 
 
+def _tails(
+    pages: torch.Tensor, masks: _Masks, params: SsmLayerParams, state: LayerState
+) -> Intervals:
+    x, B, dt = (t.index_select(0, pages) for t in (state.tail_x, state.tail_B, state.tail_dt))
+    return _written(x, B, dt, masks, params)
+
+
 def _written(
     x: torch.Tensor, B: torch.Tensor, dt: torch.Tensor, masks: _Masks, params: SsmLayerParams
 ) -> Intervals:
@@ -217,9 +222,11 @@ def _newest_rows(
 def _path_intervals(
     paths: PathIndex, grid: int, params: SsmLayerParams, state: LayerState, drafts: DraftRows
 ) -> tuple[Intervals, _Masks]:
-    pools = ((state.tail_x, drafts.x), (state.tail_B, drafts.B), (state.tail_dt, drafts.dt))
     masks = _Masks.of(paths.length - 1, grid)
-    return _written(*(paths.gather(*pool) for pool in pools), masks, params), masks
+    x = paths.gather(state.tail_x, drafts.x)
+    B = paths.gather(state.tail_B, drafts.B)
+    dt = paths.gather(state.tail_dt, drafts.dt)
+    return _written(x, B, dt, masks, params), masks
 
 
 def _append(

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from stateferry.core.errors import HandshakeMismatch
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """Compared field by field at every handshake, so that a refusal can name what differs.
 
-    ``weights`` is a digest of the model files; ``layout`` a digest of the state's geometry.
+    ``weights`` is a digest of the model files; ``layout`` a digest of the state's geometry;
+    ``numerics`` names the kernels' order of summation: backends of equal names give equal bits.
     """
 
     protocol: int
@@ -24,6 +25,7 @@ class Fingerprint:
     layout: str
     grid: int
     dtype: str
+    numerics: str
 
     def check_matches(self, peer: Fingerprint) -> None:
         """Raise HandshakeMismatch naming the first field in which ``peer`` differs."""

@@ -16,8 +16,8 @@ import torch
 
 from stateferry.models.config import Mamba2Config
 from stateferry.models.weights import Progress, TensorSpec, load_weights
-from stateferry_kernels.dispatch import Kernels
 from stateferry_kernels.layer_state import ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.operations import Kernels
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 _FP32 = torch.float32

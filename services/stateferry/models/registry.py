@@ -12,7 +12,7 @@ from stateferry.core.errors import ModelError
 from stateferry.models.config import architecture_of, mamba2_config, read_config
 from stateferry.models.mamba2 import Mamba2Model, load_mamba2
 from stateferry.models.weights import Progress
-from stateferry_kernels.dispatch import Kernels
+from stateferry_kernels.operations import Kernels
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -97,8 +97,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
     def _join(self, worker: WorkerDescription) -> Registration:
         """Raises HandshakeMismatch where the worker does not serve this router's model."""
         live = [view for role in Role for view in self._registry.views(role)]
-        others_weights = live[0].description.fingerprint.weights if live else None
-        self._model.check_serves(worker, others_weights)
+        self._model.check_serves(worker, live[0].description.fingerprint if live else None)
         registration = self._registry.join(worker)
         log.info("%s worker %s joined: %s", worker.role.value, worker.key, worker.grpc_address)
         return registration

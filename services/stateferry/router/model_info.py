@@ -9,6 +9,7 @@ from typing import Any
 
 from stateferry.config import ModelSection
 from stateferry.core.errors import HandshakeMismatch, ModelError
+from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.weight_files import has_weights, weights_fingerprint
 from stateferry.core.worker import WorkerDescription
 
@@ -25,21 +26,22 @@ class ModelInfo:
     weights: str | None
     dtype: str
 
-    def check_serves(self, worker: WorkerDescription, others_weights: str | None) -> None:
+    def check_serves(self, worker: WorkerDescription, other: Fingerprint | None) -> None:
         """Raises HandshakeMismatch naming what the worker serves differently: a client must get the
         same tokens from every worker.
 
-        A router without weights of its own (``weights`` is None) holds newcomers to those of the
-        workers it has, ``others_weights``, None when it has none.
+        What the router cannot know (the kernels' numerics; the weights, where it has none) is held
+        to ``other``, a worker that it has already, None when it has none.
         """
-        expected = self.weights or others_weights or worker.fingerprint.weights
         theirs = worker.fingerprint
+        other = other or theirs
         for field, mine, its in (
             ("model", self.name, theirs.model),
             ("vocab_size", self.vocab_size, worker.vocab_size),
-            ("weights", expected, theirs.weights),
+            ("weights", self.weights or other.weights, theirs.weights),
             ("grid", self.grid_tokens, theirs.grid),
             ("dtype", self.dtype, theirs.dtype),
+            ("numerics", other.numerics, theirs.numerics),
         ):
             if mine != its:
                 raise HandshakeMismatch(field, mine, its)

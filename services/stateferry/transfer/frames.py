@@ -151,10 +151,12 @@ def decode_hello(body: bytes) -> Hello:
     """Raises FrameError."""
     reader = BodyReader(body)
     sender, receiver = reader.worker(), reader.worker()
-    protocol, model, weights, layout, grid, dtype = (reader.text() for _ in range(6))
+    protocol, model, weights, layout, grid, *names = (
+        reader.text() for _ in dataclasses.fields(Fingerprint)
+    )
     reader.finish()
     try:
-        fingerprint = Fingerprint(int(protocol), model, weights, layout, int(grid), dtype)
+        fingerprint = Fingerprint(int(protocol), model, weights, layout, int(grid), *names)
     except ValueError as error:
         raise FrameError("the fingerprint is malformed") from error
     return Hello(sender, receiver, fingerprint)

@@ -65,20 +65,22 @@ class WorkerDescription(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., grpc_address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., fingerprint: _Optional[_Union[WorkerFingerprint, _Mapping]] = ..., capacity_requests: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kernels: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class WorkerFingerprint(_message.Message):
-    __slots__ = ("protocol", "model", "weights", "layout", "grid_tokens", "dtype")
+    __slots__ = ("protocol", "model", "weights", "layout", "grid_tokens", "dtype", "numerics")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     GRID_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model: str
     weights: str
     layout: str
     grid_tokens: int
     dtype: str
-    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., weights: _Optional[str] = ..., layout: _Optional[str] = ..., grid_tokens: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    numerics: str
+    def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., weights: _Optional[str] = ..., layout: _Optional[str] = ..., grid_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("sequence", "active_requests", "queued_requests", "queued_tokens", "state_slots_free", "state_slots_total", "tail_pages_free", "tail_pages_total")

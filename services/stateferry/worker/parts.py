@@ -27,7 +27,7 @@ from stateferry.engine.forward_batch import (
 from stateferry.engine.runner import ModelRunner
 from stateferry.models.registry import load_model
 from stateferry.worker.limits import ModelLimits
-from stateferry_kernels.dispatch import select_kernels
+from stateferry_kernels.dispatch import BackendUnavailable, select_kernels
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def build_engine(
     torch.set_num_threads(worker.threads)
     try:
         kernels = select_kernels(None if worker.kernels == "auto" else worker.kernels)
-    except ValueError as error:
+    except (ValueError, BackendUnavailable) as error:
         raise ConfigError("worker.kernels", str(error)) from error
     loaded = load_model(model_dir, dtype=dtype, kernels=kernels, progress=progress)
     grid = model.grid_tokens or loaded.config.chunk_size
@@ -87,6 +87,7 @@ def build_engine(
             layout=layout_fingerprint(loaded.config.geometry, grid, dtype),
             grid=grid,
             dtype=model.dtype,
+            numerics=kernels.numerics,
         ),
         limits=ModelLimits(loaded.config.vocab_size, model.max_context_tokens),
         kernels=kernels.name,
