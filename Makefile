@@ -13,6 +13,7 @@ ARGS ?=
 MAKEFLAGS += --no-print-directory
 # Idle OpenMP threads must sleep: with busy waits, two processes on two cores starve each other.
 export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo serve test test-slow check format proto docs bench clean

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.plans import (
     BoundaryWrite,
     CommitPlan,
@@ -96,8 +95,3 @@ def test_bad_decode_and_commit_plans_are_refused() -> None:
         CommitPlan(32, (1,), (0,), (0,))
     with pytest.raises(ValueError, match="overlap"):
         CommitPlan(32, (1, 2), (2, 3), (0, 1))
-
-
-def test_an_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="torch"):
-        select_kernels("cuda")

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from stateferry_kernels.native.library import NativeUnavailable
 from stateferry_kernels.operations import Kernels
-from stateferry_kernels.parity import mamba_chunk_scan_combined, throwaway
+from stateferry_kernels.parity import mamba_chunk_scan_combined
 from support.parity_backends import ALL_CASES, SMALL_CASES, Numbers, kernels_or_skip
 from support.parity_reference import Scan, assert_close, scan
 
@@ -282,22 +281,6 @@ def test_what_is_returned(kernels: Kernels) -> None:
     assert [part.shape[0] for part in both] == [1, 2]
     kept = call(out=out, return_varlen_states=True, state_dtype=torch.bfloat16)
     assert kept.dtype == torch.bfloat16
-
-
-def test_the_default_backend_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the library was not built, the CPU has torch operations."""
-
-    def unavailable() -> None:
-        raise NativeUnavailable("not here")
-
-    throwaway.default_kernels.cache_clear()
-    monkeypatch.setattr(throwaway, "native", unavailable)
-    assert throwaway.default_kernels("cpu").name == "torch"
-    throwaway.default_kernels.cache_clear()
-    monkeypatch.setattr(throwaway, "native", lambda: None)
-    assert throwaway.default_kernels("cpu").name == "cpu"
-    assert throwaway.default_kernels("cuda").name in ("triton", "torch")
-    throwaway.default_kernels.cache_clear()
 
 
 def test_no_tokens(kernels: Kernels) -> None:

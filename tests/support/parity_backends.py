@@ -12,8 +12,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from stateferry_kernels.dispatch import select_kernels
-from stateferry_kernels.native.library import NativeUnavailable, native  # noqa: E402
+from stateferry_kernels.dispatch import BackendUnavailable, select_kernels  # noqa: E402
 from stateferry_kernels.operations import Kernels  # noqa: E402
 
 # The interpreter is slow: it runs only the cases that are marked as small.
@@ -27,10 +26,8 @@ def kernels_or_skip(name: str) -> Iterator[Kernels]:
     """The body of a fixture: the backend, with new tensors on its device. Skips the test with the
     reason when there is no such backend here."""
     try:
-        if name == "cpu":
-            native()
         kernels = select_kernels(name)
-    except (ValueError, ImportError, NativeUnavailable) as error:
+    except BackendUnavailable as error:
         pytest.skip(f"parity entries not tested on {name!r}: {error}")
     with torch.device("cuda" if name == "triton" and ON_GPU else "cpu"):
         yield kernels

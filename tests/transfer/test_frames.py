@@ -27,7 +27,9 @@ from stateferry.transfer.frames import (
 )
 
 HELLO = Hello(
-    WorkerKey("prefill-0", 5), WorkerKey("decode-0", 6), Fingerprint(1, "m", "w", "l", 64, "bf16", "cpu")
+    WorkerKey("prefill-0", 5),
+    WorkerKey("decode-0", 6),
+    Fingerprint(1, "m", "w", "l", 64, "bf16", "cpu"),
 )
 
 

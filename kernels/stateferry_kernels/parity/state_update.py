@@ -13,7 +13,6 @@ from stateferry_kernels.guards import check_pool, check_tensor
 from stateferry_kernels.layer_state import PAD_SLOT, SsmLayerParams
 from stateferry_kernels.operations import Kernels
 from stateferry_kernels.parity.throwaway import default_kernels
-from stateferry_kernels.state_update.step_torch import state_step_untied
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
@@ -89,6 +88,7 @@ def selective_state_update(
         out = new(x, memory_format=torch.contiguous_format)
     check_tensor("out", out, tuple(x.shape), _FLOATS)
     slots = _slots(call, state_batch_indices, pad_slot_id)
+    kernels = kernels or default_kernels(x.device.type)
     if call.is_tied:
         steps = _kept_steps(
             call,
@@ -98,7 +98,7 @@ def selective_state_update(
             intermediate_state_indices,
             write_state=not disable_state_update,
         )
-        _tied(call, slots, _per_token(out), steps, kernels or default_kernels(x.device.type))
+        _tied(call, slots, _per_token(out), steps, kernels)
     else:
         asked = {
             "disable_state_update": disable_state_update or None,
@@ -106,7 +106,7 @@ def selective_state_update(
             "retrieve_parent_token": retrieve_parent_token,
             "intermediate_state_indices": intermediate_state_indices,
         }
-        _untied(call, slots, _per_token(out), asked)
+        _untied(call, slots, _per_token(out), asked, kernels)
     return out
 
 
@@ -205,7 +205,11 @@ def _tied(
 
 
 def _untied(
-    call: _Call, slots: torch.Tensor, out: torch.Tensor, asked: Mapping[str, object]
+    call: _Call,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    asked: Mapping[str, object],
+    kernels: Kernels,
 ) -> None:
     """Mamba-1, or parameters that nobody expanded: one token."""
     for name, value in asked.items():
@@ -214,7 +218,7 @@ def _untied(
     if call.x.shape[1] != 1:
         raise ValueError("x: several tokens only where A, dt and dt_bias are expanded over dim")
     y = torch.empty_like(call.x, dtype=torch.float32, memory_format=torch.contiguous_format)
-    state_step_untied(
+    kernels.state_step_untied(
         call.state,
         call.x[:, 0].float(),
         call.dt[:, 0],

@@ -8,7 +8,6 @@ import torch
 
 from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.layer_state import ZERO_SLOT, LayerState
-from stateferry_kernels.native.library import NativeUnavailable, native
 from stateferry_kernels.operations import Kernels
 
 
@@ -16,13 +15,7 @@ from stateferry_kernels.operations import Kernels
 def default_kernels(device_type: str) -> Kernels:
     """What the entries run on when the caller names no backend: the best for tensors of that
     device, chosen once."""
-    try:
-        if device_type == "cpu":
-            native()
-            return select_kernels("cpu")
-        return select_kernels("triton")
-    except (ValueError, ImportError, NativeUnavailable):
-        return select_kernels("torch")
+    return select_kernels(device=device_type)
 
 
 def scan_state(

@@ -170,7 +170,7 @@ inline void narrow_tile(const float* a, int64_t lda, const bf16* b, int64_t ldb,
         SF_UNROLL
         for (int j = 0; j < C; ++j) {
             F16 even, odd;
-            __builtin_prefetch(b + (j + C) * ldb + k);
+            __builtin_prefetch(b + j * ldb + k + DOT_AHEAD);
             if (inputs - k >= 32) {
                 load_pairs(b + j * ldb + k, even, odd);
             } else {
@@ -218,7 +218,7 @@ inline void linear(const LinearArgs<bf16>& args, int64_t threads) {
         if (!widened) {
             auto rows = [&]<int R>(int64_t r) {
                 int64_t j = 0;
-                constexpr int C = R == 1 ? 4 : 2;
+                constexpr int C = R == 1 ? 1 : 2;
                 for (; j + C <= count; j += C)
                     narrow_tile<R, C>(x + r * length, length, weight + j * args.inputs,
                                       args.inputs, args.inputs, sums + j, block);

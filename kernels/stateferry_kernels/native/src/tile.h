@@ -60,8 +60,11 @@ SF_INLINE void dot_step(const F16 (&left)[R], const F16 (&right)[C], F16 (&sums)
 
 #endif
 
-// AHEAD: fetch the tile after this one, at the same place of the next C rows of b. For one row the
-// arithmetic is little and memory is all; the processor itself does not ask far enough ahead.
+// Elements ahead of which b is fetched where it comes from memory: the processor alone does not ask
+// for enough of it at once.
+constexpr int64_t DOT_AHEAD = 1024;
+
+// AHEAD when b comes from memory, row after row.
 template <int R, int C, bool AHEAD, class TA, class TB>
 __attribute__((noinline)) void dot_tile(const TA* a, int64_t lda, const TB* b, int64_t ldb, int64_t depth,
                      float* out, int64_t ldo) {
@@ -74,7 +77,7 @@ __attribute__((noinline)) void dot_tile(const TA* a, int64_t lda, const TB* b, i
     for (; k + LANES <= depth; k += LANES) {
         SF_UNROLL
         for (int j = 0; j < C; ++j) {
-            if (AHEAD) __builtin_prefetch(b + (j + C) * ldb + k);
+            if (AHEAD) __builtin_prefetch(b + j * ldb + k + DOT_AHEAD);
             right[j] = load(b + j * ldb + k);
         }
         SF_UNROLL
@@ -114,8 +117,9 @@ inline void with_rows(int rows, const Tile& tile) {
 template <int R, bool AHEAD, class TA, class TB>
 inline void dot_rows(const TA* a, int64_t lda, const TB* b, int64_t ldb, int64_t cols,
                      int64_t depth, float* out, int64_t ldo) {
-    // A single row leaves registers for more columns.
-    constexpr int C = R == 1 ? 4 : DOT_COLS;
+    // A single row leaves registers for more columns; but from memory one line after the other comes
+    // fastest.
+    constexpr int C = R > 1 ? DOT_COLS : AHEAD ? 1 : 4;
     int64_t j = 0;
     for (; j + C <= cols; j += C)
         dot_tile<R, C, AHEAD>(a, lda, b + j * ldb, ldb, depth, out + j, ldo);
