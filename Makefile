@@ -7,6 +7,9 @@ RUN := $(BIN)/python -P
 RUNTIME := $(VENV)/.stateferry-runtime
 DEV := $(VENV)/.stateferry-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt
+# Installing compiles the CPU kernels: again when they change.
+NATIVE := setup.py $(wildcard kernels/stateferry_kernels/native/src/*) \
+  kernels/stateferry_kernels/native/build.py
 PROTOS := $(sort $(wildcard proto/stateferry/v1/*.proto))
 ARGS ?=
 
@@ -32,10 +35,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "python3 -m venv failed; Debian has it in python3-venv"; exit 1; }
 
-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+$(RUNTIME): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "setup: installing torch, the largest download"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@echo "setup: installing stateferry and the rest of what it needs"
+	@echo "setup: installing stateferry and the rest of what it needs, compiling its CPU kernels"
 	@$(PIP) --editable .
 	@touch $@
 

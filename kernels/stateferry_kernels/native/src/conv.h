@@ -132,7 +132,7 @@ template <class T>
 void conv_row(const sf_layer& layer, const sf_conv& conv, const sf_decode_plan& plan,
               const sf_columns& columns, int64_t threads) {
     const int64_t root = -1;
-    parallel(plan.num_rows, threads, plan.num_rows * layer.conv_dim * 8, [&](int64_t row) {
+    parallel(plan.num_rows, threads, plan.num_rows * layer.conv_dim * 4, [&](int64_t row) {
         if (plan.state_slot[row] < 0) return;
         const int64_t page = plan.tail_page[row], tail_row = plan.tail_row[row];
         conv_rows<T>(layer, conv, columns, plan.state_slot[row], page, tail_row, row, 1, &root);
@@ -147,7 +147,7 @@ template <class T>
 void conv_verify(const sf_layer& layer, const sf_conv& conv, const sf_verify_plan& plan,
                  const sf_columns& columns, const sf_drafts& drafts, int64_t threads) {
     const int64_t rows = plan.first_node[plan.num_sequences];
-    parallel(plan.num_sequences, threads, rows * layer.conv_dim * 8, [&](int64_t i) {
+    parallel(plan.num_sequences, threads, rows * layer.conv_dim * 4, [&](int64_t i) {
         const int64_t first = plan.first_node[i], count = plan.first_node[i + 1] - first;
         conv_rows<T>(layer, conv, columns, plan.state_slot[i], plan.tail_page[i],
                      plan.tail_rows[i], first, count, plan.parent + first);

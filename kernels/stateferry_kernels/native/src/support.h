@@ -77,7 +77,7 @@ int64_t scratch_bytes(Count... bytes) {
 // than that stays on the caller's thread.
 template <class Task>
 void parallel(int64_t count, int64_t threads, int64_t operations, const Task& task) {
-    int64_t team = operations < 100000 ? 1 : (threads < count ? threads : count);
+    int64_t team = operations < 200000 ? 1 : (threads < count ? threads : count);
     if (team <= 1) {
         FlushDenormals guard;
         for (int64_t i = 0; i < count; ++i) task(i);
