@@ -226,7 +226,7 @@ template <class T, class ST>
 void chunk_scan(const sf_layer& layer, const sf_params& params, const sf_extend_plan& plan,
                 const sf_rows& rows, int64_t threads) {
     const int64_t per_group = layer.nheads / layer.ngroups;
-    const int64_t parts = split(per_group, plan.num_sequences * layer.ngroups, threads);
+    const int64_t parts = split(per_group, plan.num_sequences * layer.ngroups, threads, 2);
     int64_t tokens = 0;
     for (int64_t i = 0; i < plan.num_sequences; ++i) tokens += plan.length[i];
     const int64_t operations = tokens * layer.nheads * layer.headdim * layer.dstate * 4;

@@ -24,39 +24,28 @@ struct sf_steps {
 
 namespace sf {
 
-// Two rows leave registers for everything else that a vector needs.
-constexpr int STEP_ROWS = 2;
-// Elements ahead of which a state is fetched: a core alone does not ask for enough of them.
-constexpr int64_t STEP_AHEAD = 512;
+// Elements ahead of which a state is fetched: the processor alone does not ask for enough at once.
+constexpr int64_t STEP_AHEAD = 1024;
 
-// next = state * decay + (dt x) B, stored as ST, and in fp32 at `carried` where CARRY says so;
-// y[p] = next . C before any rounding. For rows [0, R) of the state.
-template <int R, bool CARRY, class From, class ST>
-inline void step_rows(const From* state, int64_t N, float decay, const float* dtx, const float* B,
-                      const float* C, ST* next, float* carried, float* y) {
-    F16 remains = set1(decay), sums[R], inputs[R];
-    SF_UNROLL
-    for (int i = 0; i < R; ++i) {
-        sums[i] = zero();
-        inputs[i] = set1(dtx[i]);
-    }
+// One row of a state: next = state * decay + (dt x) B, stored as ST, and in fp32 at `carried` where
+// CARRY says so. Returns next . C, before any rounding. One row after the other, because memory gives
+// most to whoever asks for one line after the other.
+template <bool CARRY, class From, class ST>
+SF_INLINE float step_row(const From* state, int64_t N, F16 decay, F16 dtx, const float* B,
+                         const float* C, ST* next, float* carried) {
+    F16 y = zero();
     auto vector = [&](int64_t n, int64_t count) __attribute__((always_inline)) {
-        F16 b = load(B + n), c = load(C + n);
-        SF_UNROLL
-        for (int i = 0; i < R; ++i) {
-            __builtin_prefetch(state + i * N + n + STEP_AHEAD, 1);
-            F16 s = load_upto(state + i * N + n, count);
-            s = fma(s, remains, mul(inputs[i], b));
-            store_upto(next + i * N + n, s, count);
-            if (CARRY) store_upto(carried + i * N + n, s, count);
-            sums[i] = fma(s, c, sums[i]);
-        }
+        __builtin_prefetch(state + n + STEP_AHEAD, 1);
+        F16 s = load_upto(state + n, count);
+        s = fma(s, decay, mul(dtx, load(B + n)));
+        store_upto(next + n, s, count);
+        if (CARRY) store_upto(carried + n, s, count);
+        y = fma(s, load(C + n), y);
     };
     int64_t n = 0;
     for (; n + LANES <= N; n += LANES) vector(n, LANES);
     if (n < N) vector(n, N - n);
-    SF_UNROLL
-    for (int i = 0; i < R; ++i) y[i] = sum(sums[i]);
+    return sum(y);
 }
 
 // Heads [first, last) of sequence i, each through all its steps. A chain carries its state in fp32
@@ -147,13 +136,9 @@ private:
 
     template <bool CARRY, class From>
     void update(const From* from, float decay, ST* to) {
-        int64_t p = 0;
-        for (; p + STEP_ROWS <= P_; p += STEP_ROWS)
-            step_rows<STEP_ROWS, CARRY>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
-                                        carried_ + p * N_, y_ + p);
-        for (; p < P_; ++p)
-            step_rows<1, CARRY>(from + p * N_, N_, decay, dtx_ + p, B_, C_, to + p * N_,
-                                carried_ + p * N_, y_ + p);
+        for (int64_t p = 0; p < P_; ++p)
+            y_[p] = step_row<CARRY>(from + p * N_, N_, set1(decay), set1(dtx_[p]), B_, C_,
+                                    to + p * N_, carried_ + p * N_);
     }
 
     const sf_steps& steps_;
@@ -168,7 +153,7 @@ private:
 template <class T, class ST>
 void state_steps(const sf_steps& steps, const sf_params& params, const sf_rows& rows,
                  int64_t threads) {
-    const int64_t parts = split(steps.nheads, steps.num_sequences, threads);
+    const int64_t parts = split(steps.nheads, steps.num_sequences, threads, 16);
     const int64_t operations = steps.num_sequences * steps.num_steps * steps.nheads *
                                steps.headdim * steps.dstate * 2;
     parallel(steps.num_sequences * parts, threads, operations, [&](int64_t task) {

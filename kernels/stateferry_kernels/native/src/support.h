@@ -93,9 +93,11 @@ void parallel(int64_t count, int64_t threads, int64_t operations, const Task& ta
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many tasks to make of `items` so that `outer * tasks` keeps all threads busy to the end.
-inline int64_t split(int64_t items, int64_t outer, int64_t threads) {
-    int64_t wanted = ceil_div(threads > 1 ? 2 * threads : 1, outer < 1 ? 1 : outer);
+// How many tasks to make of `items` so that each thread gets some of `outer * tasks`: the more, the
+// less a thread waits for the last one.
+inline int64_t split(int64_t items, int64_t outer, int64_t threads, int64_t tasks_per_thread) {
+    const int64_t tasks = threads > 1 ? tasks_per_thread * threads : 1;
+    const int64_t wanted = ceil_div(tasks, outer < 1 ? 1 : outer);
     return wanted < items ? (wanted < 1 ? 1 : wanted) : items;
 }
 
