@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -P
 RUNTIME := $(VENV)/.stateferry-runtime
 DEV := $(VENV)/.stateferry-dev
+BENCH := $(VENV)/.stateferry-bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 # Installing compiles the CPU kernels: again when they change.
 NATIVE := setup.py $(wildcard kernels/stateferry_kernels/native/src/*) \
@@ -19,7 +20,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test test-slow check format proto docs bench clean
+.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +48,11 @@ $(DEV): pyproject.toml constraints.txt $(RUNTIME)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+$(BENCH): pyproject.toml constraints.txt $(RUNTIME)
+	@echo "setup: installing what benchmarks draw with"
+	@$(PIP) --editable '.[bench]'
+	@touch $@
+
 demo: $(RUNTIME) ## Three prompts through router, prefill and decode processes
 	@$(RUN) -m stateferry demo $(ARGS)
 
@@ -65,6 +71,18 @@ check: $(DEV) ## Format, lint, types, layout, contracts, generated files
 	@$(BIN)/mypy
 	@$(RUN) -m pytest -q tests/house
 
+NATIVE_TESTS := $(addprefix tests/kernels/test_,one_order.py verify_order.py threads.py \
+  elementwise.py against_reference.py reference_backend.py native_guards.py)
+
+check-native: $(DEV) ## The CPU kernels' tests under the address and undefined-behaviour sanitizers
+	@variant=$$(PYTHONPATH=kernels $(RUN) -c "from stateferry_kernels.native.library import \
+	  native; print(native().variant.name)") && \
+	  $(RUN) kernels/stateferry_kernels/native/build.py build/native-asan --sanitize \
+	  --only $$variant
+	@LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(RUN) -m pytest -q -k "not torch" \
+	  --native-dir build/native-asan $(NATIVE_TESTS) $(ARGS)
+
 format: $(DEV) ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
@@ -80,6 +98,9 @@ docs: $(DEV) ## Generate docs/CONFIG.md
 bench: ## List the benchmarks
 	@grep -hE '^bench-[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20; \
 	  grep -qE '^bench-[a-z-]+:' $(MAKEFILE_LIST) || echo "no benchmark yet; each is a target bench-NAME"
+
+bench-kernels: $(BENCH) ## CPU kernels against this machine's ceilings; ARGS="--quick --vllm-python PATH"
+	@PYTHONPATH=tests $(RUN) -m bench.kernels $(ARGS)
 
 clean: ## Remove caches and build output; .venv stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis services/*.egg-info

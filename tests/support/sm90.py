@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "i32": "*i32", "i64": "*i64"}
 
 
 def compile_for_h100(kernel: Any, *, num_warps: int = 4, **arguments: Any) -> Any:
     """The compiled kernel. arguments: for constexprs and absent pointers their value, for pointers
-    and numbers their type ("*bf16", "i32", "fp32"); numbers that are left out are i32."""
+    and numbers their type ("*bf16", "i32", "fp32"); numbers that are left out are i32. Pointers and
+    strides are multiples of 16, as they are in a pool."""
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {p.name for p in kernel.params if p.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
@@ -25,9 +29,24 @@ def compile_for_h100(kernel: Any, *, num_warps: int = 4, **arguments: Any) -> An
             constexprs[name] = value
         else:
             signature[name] = value
-            if value.startswith("*") or value == "i64":
+            is_one = name in ("weight_stride_tap", "A_stride_state")
+            if value.startswith("*") or ("stride" in name and not is_one):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
         fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes
     )
-    return triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+    assert _stack_bytes(compiled.asm["cubin"]) == 0, f"{kernel.fn.__name__} spills registers"
+    return compiled
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    """Bytes per thread that the program keeps in memory for want of registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return sum(int(size) for size in re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr))

@@ -299,7 +299,7 @@ def layer_pass(
     columns (num_rows, conv_dim) and y (num_rows, d_inner)."""
     shape = layer.shape
     active = torch.full_like(tokens.xBC, math.nan)
-    y = torch.full((len(tokens), shape.nheads, shape.headdim), math.nan, dtype=layer.dtype)
+    y = active.new_full((len(tokens), shape.nheads, shape.headdim), math.nan)
     conv = {"conv": layer.conv, "state": state, "out": active}
     ssm = {"params": layer.ssm, "state": state, "out": y, "z": tokens.z}
     x, B, C = split_active(active, shape)

@@ -49,14 +49,18 @@ def compiler() -> str:
     raise BuildFailed("no C++ compiler: looked for c++, g++ and clang++")
 
 
-def build(directory: Path, *, sanitize: bool = False, portable: bool = False) -> list[Path]:
-    """Compile every variant for this machine into ``directory``; returns the files.
+def build(
+    directory: Path, *, sanitize: bool = False, portable: bool = False, only: str | None = None
+) -> list[Path]:
+    """Compile every variant for this machine into ``directory``, or ``only`` that one; returns the
+    files.
 
     ``portable`` makes each variant from the plain C++ form. Raises BuildFailed.
     """
-    variants = FLAGS.get(platform.machine())
-    if variants is None:
-        raise BuildFailed(f"no variant for {platform.machine()}")
+    known = FLAGS.get(platform.machine(), {})
+    variants = {name: flags for name, flags in known.items() if only in (None, name)}
+    if not variants:
+        raise BuildFailed(f"no variant {only or ''} for {platform.machine()}".replace("  ", " "))
     program = compiler()
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -82,9 +86,15 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--portable", action="store_true")
+    parser.add_argument("--only", metavar="VARIANT")
     arguments = parser.parse_args()
     try:
-        build(arguments.directory, sanitize=arguments.sanitize, portable=arguments.portable)
+        build(
+            arguments.directory,
+            sanitize=arguments.sanitize,
+            portable=arguments.portable,
+            only=arguments.only,
+        )
     except BuildFailed as error:
         sys.exit(f"the CPU kernels were not built: {error}")
 

@@ -1,0 +1,18 @@
+"""Tables of integers, brought from the host to a kernel without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def device_table(
+    rows: Sequence[Sequence[int]], num_columns: int, device: torch.device
+) -> torch.Tensor:
+    """(len(rows), num_columns) int64 on the device, contiguous."""
+    table = torch.tensor(rows, dtype=torch.int64).view(len(rows), num_columns)
+    if device.type != "cuda":
+        return table.to(device)
+    # Pinned, because a copy from other memory waits until the device has caught up.
+    return table.pin_memory().to(device, non_blocking=True)

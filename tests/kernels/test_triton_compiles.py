@@ -1,0 +1,115 @@
+"""Every kernel compiles for an H100 as it is served with, and spills no register."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# Not imported here: other tests of this process want it interpreted.
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+from support.sm90 import compile_for_h100
+from stateferry_kernels.conv1d import triton_kernels as conv
+from stateferry_kernels.conv1d.triton_tables import TILE_TOKENS
+from stateferry_kernels.norm.triton_ops import _group_norm_kernel
+from stateferry_kernels.slots.triton_ops import _slots_kernel
+from stateferry_kernels.state_update import step_kernels as step
+
+sizes = dict(NHEADS=128, HEADDIM=80, DSTATE=128, PER_GROUP=16, SOFTPLUS=True, BLOCK_N=128)
+rows = dict(x_ptr="*bf16", dt_ptr="*bf16", B_ptr="*bf16", C_ptr="*bf16", out_ptr="*bf16")
+params = dict(A_ptr="*fp32", D_ptr="*fp32", bias_ptr="*fp32", slots_ptr="*i32")
+limits = dict(dt_low="fp32", dt_high="fp32")
+common = dict(num_warps=1, z_ptr="*bf16", state_stride="i64", **sizes, **rows, **params)
+compile_for_h100(
+    step.state_step_kernel, state_ptr="*fp32", seed=None, BLOCK_M=4, **common, **limits
+)
+compile_for_h100(
+    step.state_step_kernel, state_ptr="*bf16", seed="i32", BLOCK_M=8, **common, **limits
+)
+compile_for_h100(
+    step.state_step_untied_kernel, state_ptr="*fp16", seed="i32", BLOCK_M=8, **common
+)
+compile_for_h100(
+    step.state_steps_kernel,
+    state_ptr="*fp32",
+    kept_ptr="*bf16",
+    kept_slots_ptr="*i32",
+    parents_ptr="*i32",
+    seed=None,
+    WRITE_STATE=True,
+    BLOCK_M=4,
+    **common,
+    **limits,
+)
+conv_rows = dict(
+    xBC_ptr="*bf16",
+    out_ptr="*bf16",
+    weight_ptr="*bf16",
+    bias_ptr="*bf16",
+    conv_ptr="*bf16",
+    tail_ptr="*bf16",
+    table_ptr="*i64",
+    CONV_DIM=12288,
+    WINDOW=3,
+)
+tile = dict(NUM_COLUMNS=8, BLOCK_T=TILE_TOKENS, BLOCK_C=128)
+compile_for_h100(conv.extend_kernel, WRITE_TAIL=True, **tile, **conv_rows)
+compile_for_h100(
+    conv.leave_tail_kernel,
+    xBC_ptr="*bf16",
+    tail_ptr="*bf16",
+    table_ptr="*i64",
+    CONV_DIM=12288,
+    **tile,
+)
+compile_for_h100(conv.row_kernel, num_warps=1, BLOCK_C=256, **conv_rows)
+compile_for_h100(
+    conv.verify_kernel, num_warps=1, BLOCK_C=256, draft_ptr="*bf16", NUM_COLUMNS=10, **conv_rows
+)
+for gate in ("none", "before", "after"):
+    compile_for_h100(
+        _group_norm_kernel,
+        x_ptr="*bf16",
+        z_ptr=None if gate == "none" else "*bf16",
+        weight_ptr="*bf16",
+        out_ptr="*bf16",
+        eps="fp32",
+        NUM_GROUPS=8,
+        GROUP_SIZE=1280,
+        GATE=gate,
+        BLOCK=2048,
+    )
+pools = dict(ssm_ptr="*i32", conv_ptr="*i16", dst_ptr="*i32", NUM_LAYERS=27, BLOCK=2048)
+pools |= dict(SSM_SIZE=128 * 80 * 128, CONV_SIZE=12288 * 3)
+sources = dict(ssm_src_ptr="*i32", conv_src_ptr="*i16", rows_ptr="*i32")
+strides = dict(ssm_stride="i64", ssm_src_stride="i64")
+compile_for_h100(_slots_kernel, steps_ptr="*i32", NUM_STEPS=5, **pools, **sources, **strides)
+compile_for_h100(_slots_kernel, steps_ptr=None, NUM_STEPS=1, **pools, **sources, **strides)
+nothing = dict.fromkeys(sources)
+compile_for_h100(_slots_kernel, steps_ptr=None, NUM_STEPS=1, **pools, **nothing, **strides)
+print("compiled")
+"""
+
+
+def test_compiles_for_an_h100(tmp_path: Path) -> None:
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("kernels", "tests")),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout == "compiled\n"
