@@ -17,7 +17,7 @@ ARGS ?=
 MAKEFLAGS += --no-print-directory
 # Idle OpenMP threads must sleep: with busy waits, two processes on two cores starve each other.
 export OMP_WAIT_POLICY ?= passive
-export GOMP_SPINCOUNT ?= 2000
+export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels clean

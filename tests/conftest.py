@@ -1,4 +1,5 @@
-"""Set before any test module imports torch: idle OpenMP threads sleep, one thread per operation."""
+"""Set before any test module imports torch or triton: idle OpenMP threads sleep, one thread per
+operation; Triton interprets where there is no GPU."""
 
 import os
 from pathlib import Path
@@ -7,6 +8,9 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it once. Without a GPU its kernels run under its interpreter.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,7 +11,7 @@ def device_table(
     rows: Sequence[Sequence[int]], num_columns: int, device: torch.device
 ) -> torch.Tensor:
     """(len(rows), num_columns) int64 on the device, contiguous."""
-    table = torch.tensor(rows, dtype=torch.int64).view(len(rows), num_columns)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), num_columns)
     if device.type != "cuda":
         return table.to(device)
     # Pinned, because a copy from other memory waits until the device has caught up.

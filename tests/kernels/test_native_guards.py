@@ -189,12 +189,7 @@ def test_bad_inputs_of_every_recurrence(name: str) -> None:
 
 
 @each_backend
-def test_no_rows_are_no_work(request: pytest.FixtureRequest, backend: str) -> None:
-    if backend == "torch":
-        reason = (
-            "its causal_conv1d_extend concatenates the sequences' rows, of which there are none"
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=ValueError))
+def test_no_rows_are_no_work(backend: str) -> None:
     kernels, state = kernels_of(backend), poisoned_state(LAYER)
     drafts = poisoned_drafts(LAYER)
     for plan in (ExtendPlan(32, ()), DecodePlan(32, (), (), ()), VerifyPlan(32, ())):
@@ -204,3 +199,29 @@ def test_no_rows_are_no_work(request: pytest.FixtureRequest, backend: str) -> No
     kernels.accept(params=LAYER.ssm, plan=AcceptPlan(32, ()), state=state, drafts=drafts)
     assert state.tail_dt.isnan().all() and drafts.dt.isnan().all()
     assert math.isclose(float(state.ssm_state[0].abs().sum()), 0.0)
+
+
+BAD_STEPS = {
+    "state_slots": {"state_slots": [0, NUM_SLOTS]},
+    "step_slots": {"step_slots": [0, 2]},
+    "parents": {"parents": [[-1, 0, 2], [-1, -1, 3]]},
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_plain_steps_stay_inside_their_memory(name: str) -> None:
+    kernels = kernels_of("cpu")
+    state = torch.zeros(NUM_SLOTS, SHAPE.nheads, SHAPE.headdim, SHAPE.dstate)
+    steps = torch.zeros(2, 3, *state.shape[1:])
+    x = torch.zeros(2, 3, SHAPE.nheads, SHAPE.headdim)
+    B = torch.zeros(2, 3, SHAPE.ngroups, SHAPE.dstate)
+    plan = {"state_slots": [0, 1], "step_slots": [1, 0], "parents": [[-1, 0, 1], [-1, -1, 0]]}
+
+    def run(**given: Any) -> None:
+        tables = {key: torch.tensor(value, dtype=torch.int32) for key, value in given.items()}
+        rest = {"params": LAYER.ssm, "out": x.clone(), "step_states": steps}
+        kernels.state_steps(state, x, x[..., 0], B, B, **rest, **tables)
+
+    run(**plan)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        run(**plan | BAD_STEPS[name])

@@ -117,7 +117,6 @@ def test_a_file_that_is_no_library(builds: Path, monkeypatch: pytest.MonkeyPatch
         library.native()
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="library.native lets it through")
 def test_a_build_of_older_source(builds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an editable install whose source went on: it lacks a function, and has to say so."""
     if not shutil.which("cc"):

@@ -39,6 +39,8 @@ def causal_conv1d_extend(
     """
     check_conv_inputs(xBC, conv, state, out, plan.total_tokens)
     check_extend_plan(plan, state)
+    if not plan.sequences:
+        return
     window = state.conv_state.shape[2]
     pieces = []
     offsets = plan.cu_seqlens

@@ -15,6 +15,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
     A row's bits do not depend on num_rows. Sums in fp32. Raises TypeError, ValueError.
     """
+    if x.dim() != 2 or weight.dim() != 2:
+        raise ValueError(f"x and weight: {x.dim()} and {weight.dim()} dimensions, expected 2 each")
     num_rows, inputs = x.shape
     if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"x: {x.dtype}, expected {' or '.join(map(str, ACTIVATION_DTYPES))}")

@@ -48,7 +48,11 @@ _CONV, _DRAFTS = _PLAN(structs.ConvStruct), _PLAN(structs.DraftsStruct)
 _EXTEND, _DECODE = _PLAN(structs.ExtendPlanStruct), _PLAN(structs.DecodePlanStruct)
 _VERIFY, _ACCEPT = _PLAN(structs.VerifyPlanStruct), _PLAN(structs.AcceptPlanStruct)
 
+# The library's own count, sf_abi(): a build of older source takes other structs.
+ABI = 2
+
 _SIGNATURES: dict[str, list[Any]] = {
+    "sf_abi": [],
     "sf_chunk_scan": [_LAYER, _PARAMS, _EXTEND, _ROWS, c_int64],
     "sf_decode_row": [_LAYER, _PARAMS, _DECODE, _ROWS, c_int64],
     "sf_commit": [_LAYER, _PARAMS, _PLAN(structs.CommitPlanStruct), c_int64],
@@ -70,6 +74,9 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
+_RESULTS = {"sf_abi": c_int64, "sf_state_steps": c_int64}
+
+
 class NativeUnavailable(RuntimeError):
     """No build of the library can run here; the message says why."""
 
@@ -88,8 +95,10 @@ class Native:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = arguments
-            function.restype = None
+            function.restype = _RESULTS.get(name)
             setattr(self, name.removeprefix("sf_"), function)
+        if self.abi() != ABI:
+            raise OSError(f"it was built from older source (ABI {self.abi()}, expected {ABI})")
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the library has no function {name!r}")
@@ -120,7 +129,7 @@ def native() -> Native:
     path = library_path(_directory, built[0])
     try:
         return Native(built[0], path)
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         raise NativeUnavailable(f"{path.name} cannot be loaded: {error}") from error
 
 

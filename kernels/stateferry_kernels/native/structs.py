@@ -95,6 +95,8 @@ class StepsStruct(ctypes.Structure):
     _fields_ = [
         ("num_sequences", c_int64),
         ("num_steps", c_int64),
+        ("num_slots", c_int64),
+        ("num_step_rows", c_int64),
         ("state_slot", c_void_p),
         *_strided("ssm_state"),
         *[(n, c_int64) for n in "nheads headdim dstate ngroups activation state".split()],

@@ -14,7 +14,7 @@ _PLAIN, _GATE_THEN_NORM, _NORM_THEN_GATE = range(3)
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (num_rows, dim) / rms(x) * weight (dim,), in the weight's dtype."""
-    return _norm(x, None, weight, eps, x.shape[1], _PLAIN)
+    return _norm(x, None, weight, eps, x.shape[-1], _PLAIN)
 
 
 def gated_rms_norm(
@@ -39,6 +39,8 @@ def _norm(
     group_size: int,
     kind: int,
 ) -> torch.Tensor:
+    if x.dim() != 2:
+        raise ValueError(f"x: {x.dim()} dimensions, expected 2")
     num_rows, dim = x.shape
     check_tensor("weight", weight, (dim,), ACTIVATION_DTYPES)
     if x.dtype not in DTYPE_CODES:

@@ -46,6 +46,8 @@ def chunk_scan(
     """
     check_ssm_inputs(x, dt, B, C, z, out, params, state, plan.total_tokens)
     check_extend_plan(plan, state)
+    if not plan.sequences:
+        return
     table = chunk_table(plan, x.device)
     dt = process_dt(dt, params)
     y = _scan(x, dt, B, C, params, plan, table, state)

@@ -19,6 +19,11 @@ from stateferry_kernels.state_update.step_checks import (
     check_tied,
 )
 
+_KEY = "native state_step"
+
+# As native/src/step.h counts them.
+_FAULTS = {1: "state_slots", 2: "step_slots", 3: "parents"}
+
 
 def state_step(
     ssm_state: torch.Tensor,
@@ -33,15 +38,18 @@ def state_step(
     z: torch.Tensor | None = None,
 ) -> None:
     """One token per sequence: the whole state is read and written."""
-    if not _held(ssm_state, x, dt):
-        step_torch.state_step(
-            ssm_state, x, dt, B, C, params=params, state_slots=state_slots, out=out, z=z
-        )
-        return
-    check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots)
-    check_tied(params, ssm_state)
-    rows = Rows(x, dt, B, C, z, out)
-    _run(rows, ssm_state, B, params, state_slots.int().contiguous())
+    # Layer after layer the arguments look alike: checked once, they are only compared.
+    look = _look(ssm_state, x, dt, B, C, out, state_slots, *(() if z is None else (z,)))
+    if params.cache.get(_KEY) != look:
+        if not _held(ssm_state, x, dt):
+            step_torch.state_step(
+                ssm_state, x, dt, B, C, params=params, state_slots=state_slots, out=out, z=z
+            )
+            return
+        check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots)
+        check_tied(params, ssm_state)
+        params.cache[_KEY] = look
+    _run(Rows(x, dt, B, C, z, out), ssm_state, B, params, _int32(state_slots))
 
 
 def state_steps(
@@ -84,7 +92,7 @@ def state_steps(
     flat_z = None if z is None else z.flatten(0, 1)
     flat_x, flat_dt, flat_B, flat_C = (t.flatten(0, 1) for t in (x, dt, B, C))
     rows = Rows(flat_x, flat_dt, flat_B, flat_C, flat_z, out.view(-1, *out.shape[2:]))
-    slots = state_slots.int().contiguous()
+    slots = _int32(state_slots)
     _run(
         rows,
         ssm_state,
@@ -93,10 +101,15 @@ def state_steps(
         slots,
         num_steps=x.shape[1],
         step_states=step_states,
-        step_slots=slots if step_slots is None else step_slots.int().contiguous(),
-        parents=None if parents is None else parents.int().contiguous(),
+        step_slots=slots if step_slots is None else _int32(step_slots),
+        parents=None if parents is None else _int32(parents),
         write_state=write_state,
     )
+
+
+def _look(*tensors: torch.Tensor) -> list[object]:
+    """All that the checks of host entries ask of tensors."""
+    return [what for t in tensors for what in (t.dtype, t.shape, t.stride())]
 
 
 def _held(ssm_state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> bool:
@@ -128,6 +141,8 @@ def _run(
     steps = StepsStruct(
         len(state_slots),
         num_steps,
+        ssm_state.shape[0],
+        0 if step_states is None else step_states.shape[0],
         state_slots.data_ptr(),
         ssm_state.data_ptr(),
         ssm_state.stride(0),
@@ -141,4 +156,11 @@ def _run(
         address(parents),
         int(write_state),
     )
-    native().state_steps(steps, params_struct(params), rows.struct, torch.get_num_threads())
+    fault = native().state_steps(steps, params_struct(params), rows.struct, torch.get_num_threads())
+    if fault:
+        raise ValueError(f"{_FAULTS[fault]}: a number that is out of range")
+
+
+def _int32(numbers: torch.Tensor) -> torch.Tensor:
+    fine = numbers.dtype is torch.int32 and numbers.is_contiguous()
+    return numbers if fine else numbers.int().contiguous()

@@ -10,7 +10,7 @@ from stateferry.config import ENV_PREFIX, Config, to_environment
 # Idle OpenMP threads sleep instead of spinning: two busy processes on two cores otherwise take
 # milliseconds for every parallel region. But not at once: within a layer the next region follows
 # after some microseconds, less than it takes to wake a thread.
-_OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+_OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 # Memory of tensors is kept for the next one instead of being returned to the kernel, page by page,
 # after every step; few arenas, because few threads allocate.

@@ -60,7 +60,7 @@ template <class T, class ST>
 void commit(const sf_layer& layer, const sf_params& params, const sf_commit_plan& plan,
             int64_t threads) {
     const int64_t per_group = layer.nheads / layer.ngroups;
-    const int64_t parts = split(per_group, plan.num_rows * layer.ngroups, threads, 8);
+    const int64_t parts = split(per_group, plan.num_rows * layer.ngroups, threads, 3);
     int64_t operations = 0;
     for (int64_t i = 0; i < plan.num_rows; ++i)
         operations += plan.tail_rows[i] * layer.nheads * layer.headdim * layer.dstate;

@@ -35,6 +35,9 @@ const T* as(const void* p) {
 
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 
+// Counts up with every change of a signature or of a struct in abi.h or step.h.
+SF_EXPORT int64_t sf_abi() { return 2; }
+
 SF_EXPORT void sf_chunk_scan(const sf_layer* layer, const sf_params* params,
                              const sf_extend_plan* plan, const sf_rows* rows, int64_t threads) {
     with_types(layer->activation, layer->state, [&]<class T, class ST>() {
@@ -71,11 +74,13 @@ SF_EXPORT void sf_accept(const sf_layer* layer, const sf_params* params,
     });
 }
 
-SF_EXPORT void sf_state_steps(const sf_steps* steps, const sf_params* params, const sf_rows* rows,
-                              int64_t threads) {
+SF_EXPORT int64_t sf_state_steps(const sf_steps* steps, const sf_params* params,
+                                 const sf_rows* rows, int64_t threads) {
+    if (const sf::StepsFault fault = sf::check_steps(*steps)) return fault;
     with_types(steps->activation, steps->state, [&]<class T, class ST>() {
         sf::state_steps<T, ST>(*steps, *params, *rows, threads);
     });
+    return sf::STEPS_FINE;
 }
 
 SF_EXPORT void sf_conv_extend(const sf_layer* layer, const sf_conv* conv,

@@ -9,6 +9,7 @@
 
 struct sf_steps {
     int64_t num_sequences, num_steps;
+    int64_t num_slots, num_step_rows;
     const int32_t* state_slot;
     void* ssm_state;
     int64_t ssm_stride;
@@ -149,6 +150,24 @@ private:
     float *B_, *C_, *x_, *dtx_, *y_, *dt_, *carried_;
     ST* dropped_;
 };
+
+// What of the plan, which comes as tensors, lies outside the memory that there is.
+enum StepsFault { STEPS_FINE = 0, STEPS_STATE_SLOT = 1, STEPS_STEP_SLOT = 2, STEPS_PARENT = 3 };
+
+inline StepsFault check_steps(const sf_steps& steps) {
+    for (int64_t i = 0; i < steps.num_sequences; ++i) {
+        if (steps.state_slot[i] < -1 || steps.state_slot[i] >= steps.num_slots)
+            return STEPS_STATE_SLOT;
+        if (steps.state_slot[i] < 0 || !steps.step_states) continue;
+        if (steps.step_slot[i] < -1 || steps.step_slot[i] >= steps.num_step_rows)
+            return STEPS_STEP_SLOT;
+        for (int64_t t = 1; steps.parent && t < steps.num_steps; ++t) {
+            const int64_t parent = steps.parent[i * steps.num_steps + t];
+            if (parent < -1 || parent >= t) return STEPS_PARENT;
+        }
+    }
+    return STEPS_FINE;
+}
 
 template <class T, class ST>
 void state_steps(const sf_steps& steps, const sf_params& params, const sf_rows& rows,
