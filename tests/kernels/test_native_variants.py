@@ -165,8 +165,9 @@ def test_every_build_that_runs_here_gives_the_same_bits(name: str) -> None:
     if loaded.numerics == other.numerics:
         assert differing == set()
     else:
-        # Pairs of bf16 products are rounded once by the processor: projections alone.
-        assert differing and all(case.startswith("linear") for case in differing)
+        # The processor rounds pairs of bf16 products itself: projections alone may differ, and do
+        # where that survives the rounding of their outputs.
+        assert all(case.startswith("linear") for case in differing)
 
 
 @pytest.mark.slow

@@ -36,6 +36,9 @@ from stateferry_kernels.plans import DecodePlan, ExtendPlan
 
 # Channels of a program: with a tile of tokens, and with a single one.
 _TILE_CHANNELS = 128
+# The compiler would fuse a product into a sum in one kernel and not in another: seen on an H100 with a
+# convolution of one tap, whose rows then differ from those of an extend in the last bit.
+_FUSE = False
 _ROW_CHANNELS = 256
 
 
@@ -79,6 +82,7 @@ def causal_conv1d_extend(
         *_strides(xBC, out, conv, state),
         WINDOW=window,
         WRITE_TAIL=tables.later is None,
+        enable_fp_fusion=_FUSE,
         **sizes,
     )
     if tables.later is not None:
@@ -125,6 +129,7 @@ def causal_conv1d_row(
         WINDOW=window,
         BLOCK_C=_ROW_CHANNELS,
         num_warps=1,
+        enable_fp_fusion=_FUSE,
     )
 
 
@@ -167,6 +172,7 @@ def causal_conv1d_verify(
         NUM_COLUMNS=table.shape[1],
         BLOCK_C=_ROW_CHANNELS,
         num_warps=1,
+        enable_fp_fusion=_FUSE,
     )
 
 
