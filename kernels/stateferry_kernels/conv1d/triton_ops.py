@@ -36,8 +36,8 @@ from stateferry_kernels.plans import DecodePlan, ExtendPlan
 
 # Channels of a program: with a tile of tokens, and with a single one.
 _TILE_CHANNELS = 128
-# The compiler would fuse a product into a sum in one kernel and not in another: seen on an H100 with a
-# convolution of one tap, whose rows then differ from those of an extend in the last bit.
+# The compiler would fuse a product into a sum in one kernel and not in another: seen on an H100
+# with a convolution of one tap, whose rows then differ from those of an extend in the last bit.
 _FUSE = False
 _ROW_CHANNELS = 256
 
