@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stateferry.client import Client, GenerateOptions
 from stateferry.local import LocalCluster
+from stateferry_kernels.dispatch import select_kernels
 
 SERVICES = {
     "router": {"stateferry.v1.Inference", "stateferry.v1.Membership"},
@@ -42,7 +43,7 @@ async def test_metrics_tell_what_happened(cluster: LocalCluster) -> None:
         events = [event async for event in client.generate(list(range(3, 80)), options)]
         assert events
         workers = await client.list_workers()
-    assert {w.description.kernels for w in workers} == {"torch"}
+    assert {w.description.kernels for w in workers} == {select_kernels().name}
     router = scrape(cluster, "router")
     assert router["stateferry_router_requests_total", ("OK",)] >= 1
     assert router["stateferry_router_time_to_first_token_seconds_count", ()] >= 1
