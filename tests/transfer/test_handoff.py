@@ -160,6 +160,7 @@ async def test_a_second_push_of_a_sealed_attempt_is_refused(cluster: Any) -> Non
         ("layout", "x"),
         ("grid", 128),
         ("dtype", "float32"),
+        ("numerics", "torch"),
     ],
 )
 async def test_a_different_fingerprint_is_refused_by_name(
