@@ -43,7 +43,9 @@ def _case(
     state_bytes = batch * s.state_bytes(state_dtype)
     layers = w.layers_of(w.decode_bytes(batch), share=1.0 if dtype == FP32 else 0.25)
     first = source.normal(batch + 1, s.nheads, s.headdim, s.dstate, dtype=state_dtype)
-    pools = [first.clone() for _ in range(layers)]
+    # As the state pool lays them out: slot by slot, all layers of one beside each other.
+    slots_by_layer = first.unsqueeze(1).repeat(1, layers, 1, 1, 1)
+    pools = list(slots_by_layer.unbind(1))
     slots = torch.arange(1, batch + 1, dtype=torch.int32)
     out = torch.empty_like(tokens["x"])
 

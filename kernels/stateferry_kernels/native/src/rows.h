@@ -296,7 +296,7 @@ void run_rows(const sf_layer& layer, const sf_params& params, const sf_rows& row
               const std::vector<RowsPlan>& plans, const sf_drafts* drafts, int64_t threads) {
     const int64_t per_group = layer.nheads / layer.ngroups;
     const int64_t count = int64_t(plans.size());
-    const int64_t parts = split(per_group, count * layer.ngroups, threads, 3);
+    const int64_t parts = split(per_group, count * layer.ngroups, threads, 2);
     const int64_t operations = count * layer.nheads * layer.headdim * layer.dstate;
     parallel(count * layer.ngroups * parts, threads, operations, [&](int64_t task) {
         const int64_t part = task % parts, group = task / parts % layer.ngroups;

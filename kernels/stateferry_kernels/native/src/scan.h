@@ -61,7 +61,7 @@ private:
             num_heads_ * 8, num_heads_ * P_ * N_ * int64_t(sizeof(ST)), Q_ * ldn_ * 4,
             Q_ * ldn_ * 4, Q_ * ldq_ * 4, num_heads_ * ldq_ * 4, num_heads_ * ldq_ * 4,
             Q_ * ldx_ * 4, Q_ * ldx_ * 4, P_ * N_ * 4, ldq_ * 4, COMBINE_ROWS * ldq_ * 4,
-            COMBINE_ROWS * ldx_ * 4, round_up(num_heads_) * 4));
+            Q_ * ldx_ * 4, round_up(num_heads_) * 4));
         state_ = scratch.take<const ST*>(num_heads_);
         running_ = scratch.take<ST>(num_heads_ * P_ * N_);
         B_ = scratch.take<float>(Q_ * ldn_);
@@ -74,7 +74,7 @@ private:
         wide_state_ = scratch.take<float>(P_ * N_);
         grown_ = scratch.take<float>(ldq_);
         weights_ = scratch.take<float>(COMBINE_ROWS * ldq_);
-        before_ = scratch.take<float>(COMBINE_ROWS * ldx_);
+        before_ = scratch.take<float>(Q_ * ldx_);
         processed_ = scratch.take<float>(round_up(num_heads_));
     }
 
@@ -112,17 +112,29 @@ private:
         }
     }
 
+    // A head's rows lie kilobytes apart, where the processor does not look ahead by itself.
+    template <bool WRITE, class Row>
+    void fetch(const Row* first, int64_t stride) const {
+        for (int64_t s = first_; s < length_; ++s)
+            for (int64_t p = 0; p < P_; p += 64 / int64_t(sizeof(Row)))
+                __builtin_prefetch(first + s * stride + p, WRITE);
+    }
+
     void run_head(int64_t h, int64_t slot) {
+        fetch<true>(static_cast<const T*>(rows_.out) + token_ * rows_.out_stride + (head_ + h) * P_,
+                    rows_.out_stride);
+        if (h + 1 < num_heads_) fetch<false>(x_row(0, h + 1), rows_.x_stride);
         for (int64_t s = 0; s < length_; ++s)
             widen_row(s < first_ ? tail_x(s) + h * P_ : x_row(s, h), P_, x_ + s * ldx_);
         const float* c = cumsum_ + h * ldq_;
         for (int64_t s = 0; s < length_; s += LANES) store(grown_ + s, exp(load(c + s)));
-        const float* state = wide(state_[h]);
+        dot_blocked(C_ + first_ * ldn_, ldn_, length_ - first_, wide(state_[h]), N_, P_, N_,
+                    before_ + first_ * ldx_, ldx_);
         int64_t t = first_;
-        for (; t + COMBINE_ROWS <= length_; t += COMBINE_ROWS) output<COMBINE_ROWS>(h, t, state);
-        for (; t + 4 <= length_; t += 4) output<4>(h, t, state);
-        for (; t + 2 <= length_; t += 2) output<2>(h, t, state);
-        if (t < length_) output<1>(h, t, state);
+        for (; t + COMBINE_ROWS <= length_; t += COMBINE_ROWS) output<COMBINE_ROWS>(h, t);
+        for (; t + 4 <= length_; t += 4) output<4>(h, t);
+        for (; t + 2 <= length_; t += 2) output<2>(h, t);
+        if (t < length_) output<1>(h, t);
         if (length_ < Q_) return;
         fold_weights(c, dt_ + h * ldq_, Q_, weights_);
         for (int64_t s = 0; s < Q_; ++s)
@@ -134,8 +146,7 @@ private:
 
     // Rows [t, t + R) of one head.
     template <int R>
-    void output(int64_t h, int64_t t, const float* state) {
-        dot(C_ + t * ldn_, ldn_, R, state, N_, P_, N_, before_, ldx_);
+    void output(int64_t h, int64_t t) {
         SF_UNROLL
         for (int i = 0; i < R; ++i)
             row_weights(CB_ + (t + i) * ldq_, cumsum_ + h * ldq_, dt_ + h * ldq_,
@@ -173,7 +184,7 @@ private:
                 int64_t token = token_ + t + i;
                 const T* z = rows_.z ? static_cast<const T*>(rows_.z) + token * rows_.z_stride + at
                                      : nullptr;
-                finish(sums[i][v], load(before_ + i * ldx_ + column), grown_[t + i], D,
+                finish(sums[i][v], load(before_ + (t + i) * ldx_ + column), grown_[t + i], D,
                        load(x_ + (t + i) * ldx_ + column), z, P_ - column,
                        static_cast<T*>(rows_.out) + token * rows_.out_stride + at);
             }
@@ -226,7 +237,7 @@ template <class T, class ST>
 void chunk_scan(const sf_layer& layer, const sf_params& params, const sf_extend_plan& plan,
                 const sf_rows& rows, int64_t threads) {
     const int64_t per_group = layer.nheads / layer.ngroups;
-    const int64_t parts = split(per_group, plan.num_sequences * layer.ngroups, threads, 2);
+    const int64_t parts = split(per_group, plan.num_sequences * layer.ngroups, threads, 1);
     int64_t tokens = 0;
     for (int64_t i = 0; i < plan.num_sequences; ++i) tokens += plan.length[i];
     const int64_t operations = tokens * layer.nheads * layer.headdim * layer.dstate * 4;

@@ -172,7 +172,7 @@ inline StepsFault check_steps(const sf_steps& steps) {
 template <class T, class ST>
 void state_steps(const sf_steps& steps, const sf_params& params, const sf_rows& rows,
                  int64_t threads) {
-    const int64_t parts = split(steps.nheads, steps.num_sequences, threads, 16);
+    const int64_t parts = split(steps.nheads, steps.num_sequences, threads, 4);
     const int64_t operations = steps.num_sequences * steps.num_steps * steps.nheads *
                                steps.headdim * steps.dstate * 2;
     parallel(steps.num_sequences * parts, threads, operations, [&](int64_t task) {
