@@ -14,6 +14,10 @@ from collections.abc import Callable
 import torch
 
 from stateferry_kernels import reference_backend
+from stateferry_kernels.activation import cpu_ops as activation_cpu
+from stateferry_kernels.activation import torch_ops as activation_torch
+from stateferry_kernels.attention import cpu_ops as attention_cpu
+from stateferry_kernels.attention import torch_ops as attention_torch
 from stateferry_kernels.conv1d import cpu_ops as conv1d_cpu
 from stateferry_kernels.conv1d import torch_ops as conv1d_torch
 from stateferry_kernels.linear import cpu_ops as linear_cpu
@@ -22,6 +26,8 @@ from stateferry_kernels.native.library import NativeUnavailable, native
 from stateferry_kernels.norm import cpu_ops as norm_cpu
 from stateferry_kernels.norm import torch_ops as norm_torch
 from stateferry_kernels.operations import Kernels
+from stateferry_kernels.rotary import cpu_ops as rotary_cpu
+from stateferry_kernels.rotary import torch_ops as rotary_torch
 from stateferry_kernels.ssd import cpu_ops as ssd_cpu
 from stateferry_kernels.ssd import torch_ops as ssd_torch
 from stateferry_kernels.state_update import cpu_ops as update_cpu
@@ -72,7 +78,12 @@ def _torch() -> Kernels:
         rms_norm=norm_torch.rms_norm,
         gated_rms_norm=norm_torch.gated_rms_norm,
         norm_then_gate=norm_torch.norm_then_gate,
+        add_rms_norm=norm_torch.add_rms_norm,
         linear=linear_torch.linear,
+        attention=attention_torch.attention,
+        rotary=rotary_torch.rotary,
+        silu_mul=activation_torch.silu_mul,
+        relu2=activation_torch.relu2,
     )
 
 
@@ -98,7 +109,12 @@ def _cpu() -> Kernels:
         rms_norm=norm_cpu.rms_norm,
         gated_rms_norm=norm_cpu.gated_rms_norm,
         norm_then_gate=norm_cpu.norm_then_gate,
+        add_rms_norm=norm_cpu.add_rms_norm,
         linear=linear_cpu.linear,
+        attention=attention_cpu.attention,
+        rotary=rotary_cpu.rotary,
+        silu_mul=activation_cpu.silu_mul,
+        relu2=activation_cpu.relu2,
     )
 
 
@@ -120,7 +136,12 @@ def _reference() -> Kernels:
         rms_norm=reference_backend.rms_norm,
         gated_rms_norm=reference_backend.gated_rms_norm,
         norm_then_gate=reference_backend.norm_then_gate,
+        add_rms_norm=reference_backend.add_rms_norm,
         linear=reference_backend.linear,
+        attention=reference_backend.attention,
+        rotary=reference_backend.rotary,
+        silu_mul=reference_backend.silu_mul,
+        relu2=reference_backend.relu2,
     )
 
 

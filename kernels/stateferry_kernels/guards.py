@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
+from stateferry_kernels.kv_layer import KvLayer, KvPlan, KvSequence
 from stateferry_kernels.layer_state import (
     ACTIVATION_DTYPES,
     PAD_SLOT,
@@ -195,12 +196,114 @@ def check_accept_plan(plan: AcceptPlan, state: LayerState, drafts: DraftRows) ->
     plan.cache[key] = True
 
 
+def check_rows(name: str, rows: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    """Raises TypeError or ValueError unless rows (num_rows, n) are activations, contiguous along n,
+    and of the shape and dtype of ``like``."""
+    if rows.dim() != 2:
+        raise ValueError(f"{name}: {rows.dim()} dimensions, expected 2")
+    if like is None:
+        check_tensor(name, rows, rows.shape, ACTIVATION_DTYPES)
+    else:
+        check_tensor(name, rows, like.shape, (like.dtype,))
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(f"{name}: only the first dimension may be strided")
+
+
+def check_rotary_inputs(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """Raises TypeError or ValueError unless all fit each other."""
+    if x.dim() != 3 or cos.dim() != 2:
+        raise ValueError(f"x and cos: {x.dim()} and {cos.dim()} dimensions, expected 3 and 2")
+    check_tensor("x", x, x.shape, ACTIVATION_DTYPES)
+    check_tensor("cos", cos, cos.shape, (torch.float32,))
+    check_tensor("sin", sin, cos.shape, (torch.float32,))
+    check_tensor("positions", positions, x.shape[:1], (torch.int64,))
+    if 2 * cos.shape[1] > x.shape[2]:
+        raise ValueError(f"cos: {cos.shape[1]} pairs, heads have {x.shape[2]} features")
+
+
+def check_attention_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    kv: KvLayer,
+    num_rows: int,
+) -> None:
+    """Raises TypeError or ValueError unless all fit each other: q and out
+    (num_rows, num_heads, head_dim), k and v (num_rows, kv_heads, head_dim)."""
+    check_kv_layer(kv)
+    _, kv_heads, _, head_dim = kv.keys.shape
+    dtypes = (kv.keys.dtype,)
+    num_heads = q.shape[1] if q.dim() == 3 else 0
+    check_tensor("q", q, (num_rows, num_heads, head_dim), dtypes)
+    check_tensor("k", k, (num_rows, kv_heads, head_dim), dtypes)
+    check_tensor("v", v, (num_rows, kv_heads, head_dim), dtypes)
+    check_tensor("out", out, (num_rows, num_heads, head_dim), dtypes)
+    if not num_heads or num_heads % kv_heads:
+        raise ValueError(f"q: {num_heads} heads do not divide over {kv_heads} of the keys")
+
+
+def check_kv_layer(kv: KvLayer) -> None:
+    """Raises TypeError or ValueError unless the views describe one layer. Once for each."""
+    if "checked" in kv.cache:
+        return
+    if kv.keys.dim() != 4 or not min(kv.keys.shape[1:]):
+        raise ValueError(f"keys: shape {tuple(kv.keys.shape)}, expected four dimensions, not empty")
+    check_tensor("keys", kv.keys, kv.keys.shape, ACTIVATION_DTYPES)
+    check_tensor("values", kv.values, kv.keys.shape, (kv.keys.dtype,))
+    check_pool("keys", kv.keys)
+    check_pool("values", kv.values)
+    kv.cache["checked"] = True
+
+
+def check_kv_plan(plan: KvPlan, kv: KvLayer) -> None:
+    """Raises ValueError unless every sequence has its pages, all of them in the pool, and those it
+    writes for itself."""
+    num_pages, size = kv.keys.shape[0], kv.page_tokens
+    key = f"checked:{num_pages}:{size}"
+    if key in plan.cache:
+        return
+    if plan.page_tokens != size:
+        raise ValueError(f"page_tokens: {plan.page_tokens}, expected the pool's {size}")
+    written: set[int] = set()
+    for sequence in plan.sequences:
+        pages = sequence.pages
+        if sequence.start < 0 or sequence.length < 0:
+            raise ValueError(f"start, length: {sequence.start}, {sequence.length}, below 0")
+        if len(pages) * size < sequence.end:
+            raise ValueError(
+                f"pages: {len(pages)} of {size} tokens, a sequence ends at {sequence.end}"
+            )
+        if pages and not 0 <= min(pages) <= max(pages) < num_pages:
+            raise ValueError(f"pages: {min(pages)} to {max(pages)}, expected 0 to {num_pages - 1}")
+        own = _written_pages(sequence, size)
+        if not written.isdisjoint(own) or len(set(own)) < len(own):
+            raise ValueError("pages: two places that are written share a page")
+        written.update(own)
+    for sequence in plan.sequences:
+        if not written.isdisjoint(sequence.pages[: sequence.start // size]):
+            raise ValueError("pages: a page is written that somebody reads as finished")
+    plan.cache[key] = True
+
+
+def _written_pages(sequence: KvSequence, size: int) -> tuple[int, ...]:
+    if not sequence.length:
+        return ()
+    return sequence.pages[sequence.start // size : -(-sequence.end // size)]
+
+
 def _plan_key(grid: int, state: LayerState) -> str:
     """Where a plan notes that it was checked against pools of this size: the layers of a step
     share them. Raises ValueError when the grids differ."""
-    if grid != state.grid:
-        raise ValueError(f"grid: {grid}, expected the pools' {state.grid}")
-    return f"checked:{state.ssm_state.shape[0]}:{state.tail_dt.shape[0]}"
+    if "plan key" not in state.cache:
+        key = f"checked:{state.ssm_state.shape[0]}:{state.tail_dt.shape[0]}"
+        state.cache["plan key"] = (state.grid, key)
+    expected, noted = state.cache["plan key"]
+    if grid != expected:
+        raise ValueError(f"grid: {grid}, expected the pools' {expected}")
+    return str(noted)
 
 
 def _check_range(name: str, numbers: Sequence[int], pool: torch.Tensor, lowest: int = 0) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
+from stateferry_kernels.kv_layer import KvLayer, KvPlan
 from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState, SsmLayerParams
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
@@ -167,6 +168,12 @@ class Norm(Protocol):
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
 
 
+class AddNorm(Protocol):
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class GatedNorm(Protocol):
     def __call__(
         self, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int
@@ -177,6 +184,34 @@ class Linear(Protocol):
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+
+class Attention(Protocol):
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        plan: KvPlan,
+        kv: KvLayer,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None: ...
+
+
+class Rotary(Protocol):
+    def __call__(
+        self, x: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class GatedActivation(Protocol):
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor: ...
+
+
+class Activation(Protocol):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,4 +238,9 @@ class Kernels:
     rms_norm: Norm
     gated_rms_norm: GatedNorm
     norm_then_gate: GatedNorm
+    add_rms_norm: AddNorm
     linear: Linear
+    attention: Attention
+    rotary: Rotary
+    silu_mul: GatedActivation
+    relu2: Activation

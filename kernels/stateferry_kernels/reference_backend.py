@@ -11,17 +11,25 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from stateferry_kernels.activation.reference import relu2_reference, silu_mul_reference
+from stateferry_kernels.attention.pages import sequence_keys
+from stateferry_kernels.attention.reference import attention_reference
 from stateferry_kernels.conv1d.reference import causal_conv1d_reference
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.guards import (
     check_accept_plan,
+    check_attention_inputs,
     check_commit_plan,
     check_decode_plan,
     check_drafts,
     check_extend_plan,
+    check_kv_plan,
+    check_rotary_inputs,
+    check_rows,
     check_ssm_inputs,
     check_verify_plan,
 )
+from stateferry_kernels.kv_layer import KvLayer, KvPlan, KvSequence
 from stateferry_kernels.layer_state import (
     PAD_SLOT,
     ConvParams,
@@ -31,6 +39,7 @@ from stateferry_kernels.layer_state import (
 )
 from stateferry_kernels.norm import reference as norms
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
+from stateferry_kernels.rotary.reference import rotary_reference
 from stateferry_kernels.state_update.reference import commit_reference, decode_row_reference
 
 
@@ -226,6 +235,54 @@ def norm_then_gate(
     x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int
 ) -> torch.Tensor:
     return _wide(norms.norm_then_gate_reference, x, z, weight, eps, group_size)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    summed = (x.double() + residual.double()).to(residual.dtype)
+    return rms_norm(summed, weight, eps), summed
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    plan: KvPlan,
+    kv: KvLayer,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    check_attention_inputs(q, k, v, out, kv, plan.total_tokens)
+    check_kv_plan(plan, kv)
+    token = 0
+    for sequence in plan.sequences:
+        for position in range(sequence.start, sequence.end):
+            page, row = sequence.pages[position // plan.page_tokens], position % plan.page_tokens
+            kv.keys[page, :, row], kv.values[page, :, row] = k[token], v[token]
+            seen = KvSequence(position, 1, sequence.pages)
+            keys, values = (sequence_keys(pool, seen).double() for pool in (kv.keys, kv.values))
+            out[token] = attention_reference(q[token].double(), keys, values, scale).to(out.dtype)
+            token += 1
+
+
+def rotary(
+    x: torch.Tensor, *, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    check_rotary_inputs(x, cos, sin, positions)
+    return rotary_reference(x.double(), cos.double(), sin.double(), positions).to(x.dtype)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    check_rows("gate", gate)
+    check_rows("up", up, like=gate)
+    return silu_mul_reference(gate.double(), up.double()).to(gate.dtype)
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    check_rows("x", x)
+    return relu2_reference(x.double()).to(x.dtype)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

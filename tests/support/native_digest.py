@@ -19,6 +19,7 @@ import torch
 
 from stateferry_kernels.dispatch import select_kernels
 from stateferry_kernels.native import library
+from support.kv_case import Reader, Sizes, make_rows
 from support.random_walk import Walk
 from support.ssm_case import Shape, all_pools, make_layer, make_tokens
 from support.step_case import make_step_case, step_arguments
@@ -67,7 +68,7 @@ def digests() -> dict[str, str]:
 
 
 def rows_of(dtype: torch.dtype) -> dict[str, str]:
-    """Projections and norms."""
+    """Projections, norms, activations and attention."""
     kernels, generator = select_kernels("cpu"), torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -75,16 +76,29 @@ def rows_of(dtype: torch.dtype) -> dict[str, str]:
 
     found = {}
     for inputs, outputs in ((1, 3), (33, 17), (96, 300), (768, 40)):
-        x, weight, bias = normal(40, inputs), normal(outputs, inputs), normal(outputs)
-        results = [kernels.linear(x[:n], weight, bias) for n in (1, 2, 3, 5, 6, 40)]
+        x, weight, bias = normal(70, inputs), normal(outputs, inputs), normal(outputs)
+        results = [kernels.linear(x[:n], weight, bias) for n in (1, 2, 3, 5, 6, 40, 70)]
         found[f"linear {inputs} {outputs} {dtype}"] = digest(results)
     x, z, weight = normal(20, 75), normal(20, 75), normal(75)
     norms = [
         kernels.rms_norm(x, weight, 1e-5),
         kernels.gated_rms_norm(x, z, weight, 1e-5, 25),
         kernels.norm_then_gate(x, z, weight, 1e-5, 25),
+        *kernels.add_rms_norm(x, z, weight, 1e-5),
     ]
-    return found | {f"norms {dtype}": digest(norms)}
+    cos, sin = torch.cos(normal(9, 11).float()), torch.sin(normal(9, 11).float())
+    positions = torch.arange(20) % 9
+    single = [
+        kernels.silu_mul(x, z),
+        kernels.relu2(x),
+        kernels.rotary(x.view(20, 3, 25), cos=cos, sin=sin, positions=positions),
+    ]
+    found |= {f"norms {dtype}": digest(norms), f"activations {dtype}": digest(single)}
+    for number, sizes in enumerate((Sizes(6, 2, 20, page_tokens=5), Sizes(12, 4, 64))):
+        rows = make_rows(sizes, 200, dtype)
+        reader = Reader(kernels, sizes, len(rows), dtype)
+        found[f"attention {number} {dtype}"] = digest([reader.walk(rows, (150, 151, 152))])
+    return found
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from stateferry_kernels.native.arguments import (
     drafts_struct,
     extend_struct,
     layer_struct,
+    look_of,
     verify_struct,
 )
 from stateferry_kernels.native.library import native
@@ -49,9 +50,8 @@ def causal_conv1d_row(
     xBC: torch.Tensor, *, conv: ConvParams, plan: DecodePlan, state: LayerState, out: torch.Tensor
 ) -> None:
     """Convolve one new column per sequence."""
-    check_conv_inputs(xBC, conv, state, out, len(plan.state_slots))
+    columns = _row_columns(xBC, conv, state, out, len(plan.state_slots))
     check_decode_plan(plan, state)
-    columns = Columns(xBC, out)
     native().conv_row(
         layer_struct(state),
         conv_struct(conv),
@@ -83,3 +83,15 @@ def causal_conv1d_verify(
         drafts_struct(drafts),
         torch.get_num_threads(),
     )
+
+
+def _row_columns(
+    xBC: torch.Tensor, conv: ConvParams, state: LayerState, out: torch.Tensor, num_rows: int
+) -> Columns:
+    """What a row takes and gives, checked unless the layer's last call looked the same."""
+    look = [num_rows, *look_of(xBC, out)]
+    seen = state.cache.get("conv row")
+    if seen is None or seen[0] is not conv or seen[1] != look:
+        check_conv_inputs(xBC, conv, state, out, num_rows)
+        state.cache["conv row"] = (conv, look)
+    return Columns(xBC, out)

@@ -15,9 +15,10 @@ import torch
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState, SsmLayerParams
 from stateferry_kernels.native.structs import (
+    COLUMNS,
     DTYPE_CODES,
+    ROWS,
     AcceptPlanStruct,
-    ColumnsStruct,
     CommitPlanStruct,
     ConvStruct,
     DecodePlanStruct,
@@ -25,7 +26,6 @@ from stateferry_kernels.native.structs import (
     ExtendPlanStruct,
     LayerStruct,
     ParamsStruct,
-    RowsStruct,
     VerifyPlanStruct,
 )
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
@@ -84,13 +84,19 @@ def conv_struct(conv: ConvParams) -> ConvStruct:
     return cached[0]
 
 
-class Rows:
-    """A batch's inputs and output as a struct; keeps alive what had to be copied.
+def look_of(*tensors: torch.Tensor) -> list[object]:
+    """All that the checks of host entries, and the strides they hand over, depend on: a call that
+    looks like the last one needs no check."""
+    return [what for t in tensors for what in (t.dtype, t.shape, t.stride())]
 
-    Built for every call, so without loops: it takes a few microseconds.
+
+class Rows:
+    """A batch's inputs and output, packed; keeps alive what had to be copied.
+
+    Built for every call that looks new: it takes some microseconds.
     """
 
-    __slots__ = ("_alive", "dtype_code", "struct")
+    __slots__ = ("_alive", "copied", "dtype_code", "strides", "struct")
 
     def __init__(
         self,
@@ -101,51 +107,72 @@ class Rows:
         z: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        x, x_stride = _packed(x)
-        B, B_stride = _packed(B)
-        C, C_stride = _packed(C)
+        given = (x, dt, B, C, z)
+        x, x_stride = packed_heads(x)
+        B, B_stride = packed_heads(B)
+        C, C_stride = packed_heads(C)
         dt_stride, dt_inner = dt.stride()
         if dt_inner != 1 and dt.shape[1] != 1:
             dt = dt.contiguous()
             dt_stride = dt.stride(0)
-        z_address = z_stride = 0
+        z_stride = 0
         if z is not None:
-            z, z_stride = _packed(z)
-            z_address = z.data_ptr()
-        packed_out, out_stride = _packed(out)
+            z, z_stride = packed_heads(z)
+        packed_out, out_stride = packed_heads(out)
         if packed_out is not out:
             raise ValueError("out: only the first dimension may be strided")
         self._alive = (x, dt, B, C, z)
+        self.copied = any(a is not b for a, b in zip(given, self._alive, strict=True))
         self.dtype_code = DTYPE_CODES[x.dtype]
-        self.struct = RowsStruct(
-            x.data_ptr(),
-            x_stride,
-            dt.data_ptr(),
-            dt_stride,
-            DTYPE_CODES[dt.dtype],
-            B.data_ptr(),
-            B_stride,
-            C.data_ptr(),
-            C_stride,
-            z_address,
-            z_stride,
-            out.data_ptr(),
-            out_stride,
-        )
+        dt_code = DTYPE_CODES[dt.dtype]
+        self.strides = (x_stride, dt_stride, dt_code, B_stride, C_stride, z_stride, out_stride)
+        self.struct = pack_rows(self.strides, x, dt, B, C, z, out)
+
+
+def pack_rows(
+    strides: tuple[int, ...],
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+) -> bytes:
+    """Rows that look like others which were not ``copied``, by the ``strides`` of those."""
+    x_stride, dt_stride, dt_code, B_stride, C_stride, z_stride, out_stride = strides
+    return ROWS.pack(
+        x.data_ptr(),
+        x_stride,
+        dt.data_ptr(),
+        dt_stride,
+        dt_code,
+        B.data_ptr(),
+        B_stride,
+        C.data_ptr(),
+        C_stride,
+        0 if z is None else z.data_ptr(),
+        z_stride,
+        out.data_ptr(),
+        out_stride,
+    )
 
 
 class Columns:
     """Raw columns and the activated ones."""
 
     def __init__(self, xBC: torch.Tensor, out: torch.Tensor) -> None:
-        xBC = xBC if xBC.shape[1] == 1 or xBC.stride(1) == 1 else xBC.contiguous()
-        if out.shape[1] != 1 and out.stride(1) != 1:
+        stride, inner = xBC.stride()
+        if inner != 1 and xBC.shape[1] != 1:
+            xBC = xBC.contiguous()
+            stride = xBC.stride(0)
+        out_stride, out_inner = out.stride()
+        if out_inner != 1 and out.shape[1] != 1:
             raise ValueError("out: only the first dimension may be strided")
         self._alive = xBC
-        self.struct = ColumnsStruct(*_addresses(xBC, out))
+        self.struct = COLUMNS.pack(xBC.data_ptr(), stride, out.data_ptr(), out_stride)
 
 
-def _packed(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+def packed_heads(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """rows (n, heads, dim), copied unless only the first dimension is strided; and that stride."""
     first, heads, inner = rows.stride()
     _, num_heads, dim = rows.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_char_p, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,14 @@ VARIANTS = (
 
 _PLAN = ctypes.POINTER
 _LAYER, _PARAMS = _PLAN(structs.LayerStruct), _PLAN(structs.ParamsStruct)
-_ROWS, _COLUMNS = _PLAN(structs.RowsStruct), _PLAN(structs.ColumnsStruct)
+_PACKED = _ROWS = _COLUMNS = c_char_p
 _CONV, _DRAFTS = _PLAN(structs.ConvStruct), _PLAN(structs.DraftsStruct)
 _EXTEND, _DECODE = _PLAN(structs.ExtendPlanStruct), _PLAN(structs.DecodePlanStruct)
+_KV_LAYER, _KV_PLAN = _PLAN(structs.KvLayerStruct), _PLAN(structs.KvPlanStruct)
 _VERIFY, _ACCEPT = _PLAN(structs.VerifyPlanStruct), _PLAN(structs.AcceptPlanStruct)
 
 # The library's own count, sf_abi(): a build of older source takes other structs.
-ABI = 2
+ABI = 3
 
 _SIGNATURES: dict[str, list[Any]] = {
     "sf_abi": [],
@@ -58,23 +59,21 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sf_commit": [_LAYER, _PARAMS, _PLAN(structs.CommitPlanStruct), c_int64],
     "sf_verify": [_LAYER, _PARAMS, _VERIFY, _ROWS, _DRAFTS, c_int64],
     "sf_accept": [_LAYER, _PARAMS, _ACCEPT, _DRAFTS, c_int64],
-    "sf_state_steps": [_PLAN(structs.StepsStruct), _PARAMS, _ROWS, c_int64],
+    "sf_state_steps": [_PACKED, _PARAMS, _ROWS, c_int64],
     "sf_conv_extend": [_LAYER, _CONV, _EXTEND, _COLUMNS, c_int64],
     "sf_conv_row": [_LAYER, _CONV, _DECODE, _COLUMNS, c_int64],
     "sf_conv_verify": [_LAYER, _CONV, _VERIFY, _COLUMNS, _DRAFTS, c_int64],
-    "sf_norm": [
-        *[c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_float],
-        *[c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64],
-    ],
-    "sf_linear": [
-        *[c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64],
-        *[c_void_p, c_int64, c_int64, c_int64],
-    ],
+    "sf_norm": [_PACKED, c_int64],
+    "sf_add_norm": [_PACKED, c_int64],
+    "sf_linear": [_PACKED, c_int64],
+    "sf_activation": [_PACKED, c_int64],
+    "sf_rotary": [_PACKED, c_int64],
+    "sf_attention": [_KV_LAYER, _KV_PLAN, _ROWS, c_int64],
     "sf_elementwise": [c_void_p, c_int64, c_int64, c_void_p],
 }
 
 
-_RESULTS = {"sf_abi": c_int64, "sf_state_steps": c_int64}
+_RESULTS = {name: c_int64 for name in ("sf_abi", "sf_state_steps", "sf_rotary")}
 
 
 class NativeUnavailable(RuntimeError):

@@ -1,9 +1,15 @@
-"""What the library is handed: addresses, sizes and strides in elements. Mirrors src/abi.h."""
+"""What the library is handed: addresses, sizes and strides in elements. Mirrors src/abi.h and
+src/packed_abi.h.
+
+What is kept between calls is a ctypes structure; what every call makes anew is packed into bytes,
+which takes a third of the time.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
+from struct import Struct
 
 import torch
 
@@ -43,18 +49,6 @@ class ConvStruct(ctypes.Structure):
     _fields_ = _columns("taps", "bias")
 
 
-class RowsStruct(ctypes.Structure):
-    _fields_ = [
-        *_strided("x", "dt"),
-        ("dt_dtype", c_int64),
-        *_strided("B", "C", "z", "out"),
-    ]
-
-
-class ColumnsStruct(ctypes.Structure):
-    _fields_ = _strided("xBC", "out")
-
-
 class ExtendPlanStruct(ctypes.Structure):
     _fields_ = [
         ("num_sequences", c_int64),
@@ -91,18 +85,27 @@ class AcceptPlanStruct(ctypes.Structure):
     ]
 
 
-class StepsStruct(ctypes.Structure):
+class KvLayerStruct(ctypes.Structure):
+    _fields_ = [
+        *_strided("keys", "values"),
+        *[(name, c_int64) for name in "kv_heads page_tokens head_dim dtype".split()],
+    ]
+
+
+class KvPlanStruct(ctypes.Structure):
     _fields_ = [
         ("num_sequences", c_int64),
-        ("num_steps", c_int64),
-        ("num_slots", c_int64),
-        ("num_step_rows", c_int64),
-        ("state_slot", c_void_p),
-        *_strided("ssm_state"),
-        *[(n, c_int64) for n in "nheads headdim dstate ngroups activation state".split()],
-        ("step_states", c_void_p),
-        ("step_stride", c_int64),
-        ("step_slot", c_void_p),
-        ("parent", c_void_p),
-        ("write_state", c_int64),
+        *_columns("start", "length", "offset", "first_page", "page"),
     ]
+
+
+# q for integers and addresses, d for doubles; sf_ and the name in src.
+ROWS = Struct("13q")
+COLUMNS = Struct("4q")
+STEPS = Struct("18q")
+LINEAR_ARGS = Struct("9q")
+NORM_ARGS = Struct("7qd5q")
+ADD_NORM_ARGS = Struct("8qd4q")
+ACTIVATION_ARGS = Struct("9q")
+ROTARY_ARGS = Struct("12q")
+ATTENTION_ROWS = Struct("9qd")

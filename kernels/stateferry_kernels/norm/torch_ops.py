@@ -32,6 +32,15 @@ def norm_then_gate(
     return (normed.float() * silu(z.float())).to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual, both (num_rows, dim), in the residual's dtype; and its norm, in the weight's.
+    Returns (normed, summed)."""
+    summed = (x.float() + residual.float()).to(residual.dtype)
+    return rms_norm(summed, weight, eps), summed
+
+
 def _group_norm(
     values: torch.Tensor,
     weight: torch.Tensor,

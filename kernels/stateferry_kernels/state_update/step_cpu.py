@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from stateferry_kernels.layer_state import ACTIVATION_DTYPES, STATE_DTYPES, SsmLayerParams
-from stateferry_kernels.native.arguments import Rows, params_struct
+from stateferry_kernels.native.arguments import Rows, look_of, pack_rows, params_struct
 from stateferry_kernels.native.library import native
-from stateferry_kernels.native.structs import DTYPE_CODES, StepsStruct
+from stateferry_kernels.native.structs import DTYPE_CODES, STEPS
 from stateferry_kernels.state_update import step_torch
 from stateferry_kernels.state_update.step_checks import (
     check_step_inputs,
@@ -39,17 +39,52 @@ def state_step(
 ) -> None:
     """One token per sequence: the whole state is read and written."""
     # Layer after layer the arguments look alike: checked once, they are only compared.
-    look = _look(ssm_state, x, dt, B, C, out, state_slots, *(() if z is None else (z,)))
-    if params.cache.get(_KEY) != look:
-        if not _held(ssm_state, x, dt):
+    look = look_of(ssm_state, x, dt, B, C, out, state_slots, *(() if z is None else (z,)))
+    known = params.cache.get(_KEY)
+    if known is None or known[0] != look:
+        known = _checked(look, ssm_state, x, dt, B, C, z, out, state_slots, params)
+        if known is None:
             step_torch.state_step(
                 ssm_state, x, dt, B, C, params=params, state_slots=state_slots, out=out, z=z
             )
             return
-        check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots)
-        check_tied(params, ssm_state)
-        params.cache[_KEY] = look
-    _run(Rows(x, dt, B, C, z, out), ssm_state, B, params, _int32(state_slots))
+    _, strides, sizes = known
+    if strides is None:
+        _run(Rows(x, dt, B, C, z, out), ssm_state, B, params, _int32(state_slots))
+        return
+    num_sequences, num_slots, ssm_stride = sizes[:3]
+    steps = STEPS.pack(
+        *(num_sequences, 1, num_slots, 0, state_slots.data_ptr(), ssm_state.data_ptr()),
+        *(ssm_stride, *sizes[3:], 0, 0, 0, 0, 1),
+    )
+    _call(steps, params, pack_rows(strides, x, dt, B, C, z, out))
+
+
+def _checked(
+    look: list[object],
+    ssm_state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    state_slots: torch.Tensor,
+    params: SsmLayerParams,
+) -> tuple[list[object], tuple[int, ...] | None, tuple[int, ...]] | None:
+    """What calls that look like this one have in common, kept with the layer: the look, the rows'
+    strides (None where something must be copied) and the sizes. None: not for the library."""
+    if not _held(ssm_state, x, dt):
+        return None
+    check_step_inputs(ssm_state, x, dt, B, C, z, out, state_slots)
+    check_tied(params, ssm_state)
+    rows = Rows(x, dt, B, C, z, out)
+    ready = not rows.copied and _int32(state_slots) is state_slots
+    dtypes = (rows.dtype_code, DTYPE_CODES[ssm_state.dtype])
+    pool = (ssm_state.shape[0], ssm_state.stride(0), *ssm_state.shape[1:])
+    known = (look, rows.strides if ready else None, (len(x), *pool, B.shape[1], *dtypes))
+    params.cache[_KEY] = known
+    return known
 
 
 def state_steps(
@@ -107,11 +142,6 @@ def state_steps(
     )
 
 
-def _look(*tensors: torch.Tensor) -> list[object]:
-    """All that the checks of host entries ask of tensors."""
-    return [what for t in tensors for what in (t.dtype, t.shape, t.stride())]
-
-
 def _held(ssm_state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor) -> bool:
     """Whether the library has these dtypes and this layout."""
     return (
@@ -138,7 +168,7 @@ def _run(
     def address(tensor: torch.Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
-    steps = StepsStruct(
+    steps = STEPS.pack(
         len(state_slots),
         num_steps,
         ssm_state.shape[0],
@@ -156,7 +186,11 @@ def _run(
         address(parents),
         int(write_state),
     )
-    fault = native().state_steps(steps, params_struct(params), rows.struct, torch.get_num_threads())
+    _call(steps, params, rows.struct)
+
+
+def _call(steps: bytes, params: SsmLayerParams, rows: bytes) -> None:
+    fault = native().state_steps(steps, params_struct(params), rows, torch.get_num_threads())
     if fault:
         raise ValueError(f"{_FAULTS[fault]}: a number that is out of range")
 

@@ -6,10 +6,8 @@
 
 namespace sf {
 
-// Relative error below 1e-7. Below the smallest normal number 0; above 88.37 infinity.
-SF_INLINE F16 exp(F16 x) {
-    const F16 low = set1(-87.3365f), high = set1(88.3762f);
-    F16 inside = min(high, max(low, x));
+// exp of what is within its range; n and r of the middle are all that its bits depend on.
+SF_INLINE F16 exp_inside(F16 inside) {
     F16 n = round_even(mul(inside, set1(1.44269504f)));
     // ln 2 in two parts: n * 0.693359375 is exact.
     F16 r = fnma(n, set1(0.693359375f), inside);
@@ -23,12 +21,26 @@ SF_INLINE F16 exp(F16 x) {
     p = fma(p, r, set1(0.5f));
     p = fma(p, r, set1(1.0f));
     p = fma(p, r, set1(1.0f));
-    F16 y = scale(p, n);
+    return scale(p, n);
+}
+
+constexpr float EXP_LOWEST = -87.3365f, EXP_HIGHEST = 88.3762f;
+
+// Relative error below 1e-7. Below the smallest normal number 0; above 88.37 infinity.
+SF_INLINE F16 exp(F16 x) {
+    const F16 low = set1(EXP_LOWEST), high = set1(EXP_HIGHEST);
+    F16 y = exp_inside(min(high, max(low, x)));
     y = select(less(x, low), zero(), y);
     y = select(less(high, x), set1(INFINITY), y);
     // Only a NaN differs from itself in both directions.
     M16 under = less(x, set1(INFINITY));
     return select(under, y, add(x, x));
+}
+
+// The same bits for x <= 0, and a NaN for a NaN: scale() leaves one alone.
+SF_INLINE F16 exp_of_negative(F16 x) {
+    const F16 low = set1(EXP_LOWEST);
+    return select(less(x, low), zero(), exp_inside(max(low, x)));
 }
 
 SF_INLINE F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }

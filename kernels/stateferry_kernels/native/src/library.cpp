@@ -1,6 +1,8 @@
 // The exported functions. One translation unit, compiled once for each kind of processor.
 
 #include "abi.h"
+#include "activation.h"
+#include "attention.h"
 #include "commit.h"
 #include "conv.h"
 #include "linear.h"
@@ -26,17 +28,12 @@ void with_types(int64_t activation, int64_t state, const Run& run) {
         run.template operator()<float, float>();
 }
 
-template <class T>
-const T* as(const void* p) {
-    return static_cast<const T*>(p);
-}
-
 }  // namespace
 
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Counts up with every change of a signature or of a struct in abi.h or step.h.
-SF_EXPORT int64_t sf_abi() { return 2; }
+// Counts up with every change of a signature or of a struct in abi.h, packed_abi.h or step.h.
+SF_EXPORT int64_t sf_abi() { return 3; }
 
 SF_EXPORT void sf_chunk_scan(const sf_layer* layer, const sf_params* params,
                              const sf_extend_plan* plan, const sf_rows* rows, int64_t threads) {
@@ -109,31 +106,45 @@ SF_EXPORT void sf_conv_verify(const sf_layer* layer, const sf_conv* conv,
         sf::conv_verify<float>(*layer, *conv, *plan, *columns, *drafts, threads);
 }
 
-// x and z share a dtype, weight and out another (x may be an fp32 residual of a bf16 model).
-SF_EXPORT void sf_norm(const void* x, int64_t x_stride, int64_t x_dtype, const void* z,
-                       int64_t z_stride, const void* weight, int64_t weight_dtype, float eps,
-                       int64_t rows, int64_t dim, int64_t group_size, int64_t kind, void* out,
-                       int64_t out_stride, int64_t threads) {
-    auto run = [&]<class TX, class TO>() {
-        sf::norm(as<TX>(x), x_stride, as<TX>(z), z_stride, as<TO>(weight), eps, rows, dim,
-                 group_size, sf::NormKind(kind), static_cast<TO*>(out), out_stride, threads);
-    };
-    with_types(x_dtype, weight_dtype, run);
+SF_EXPORT void sf_norm(const sf_norm_args* args, int64_t threads) {
+    auto run = [&]<class TX, class TO>() { sf::norm<TX, TO>(*args, threads); };
+    with_types(args->x_dtype, args->weight_dtype, run);
 }
 
-SF_EXPORT void sf_linear(const void* x, int64_t x_stride, int64_t rows, const void* weight,
-                         const void* bias, int64_t inputs, int64_t outputs, void* out,
-                         int64_t out_stride, int64_t dtype, int64_t threads) {
-    if (dtype == SF_BFLOAT16)
-        sf::linear(sf::LinearArgs<bf16>{as<bf16>(x), x_stride, rows, as<bf16>(weight),
-                                        as<bf16>(bias), inputs, outputs, static_cast<bf16*>(out),
-                                        out_stride},
-                   threads);
+SF_EXPORT void sf_add_norm(const sf_add_norm_args* args, int64_t threads) {
+    with_types(args->x_dtype, args->residual_dtype, [&]<class TX, class TR>() {
+        if (args->weight_dtype == SF_BFLOAT16)
+            sf::add_norm<TX, TR, bf16>(*args, threads);
+        else
+            sf::add_norm<TX, TR, float>(*args, threads);
+    });
+}
+
+SF_EXPORT void sf_activation(const sf_activation_args* args, int64_t threads) {
+    if (args->dtype == SF_BFLOAT16)
+        sf::activation<bf16>(*args, threads);
     else
-        sf::linear(sf::LinearArgs<float>{as<float>(x), x_stride, rows, as<float>(weight),
-                                         as<float>(bias), inputs, outputs,
-                                         static_cast<float*>(out), out_stride},
-                   threads);
+        sf::activation<float>(*args, threads);
+}
+
+SF_EXPORT int64_t sf_rotary(const sf_rotary_args* args, int64_t threads) {
+    return args->dtype == SF_BFLOAT16 ? sf::rotary<bf16>(*args, threads)
+                                      : sf::rotary<float>(*args, threads);
+}
+
+SF_EXPORT void sf_linear(const sf_linear_args* args, int64_t threads) {
+    if (args->dtype == SF_BFLOAT16)
+        sf::linear(sf::LinearArgs<bf16>(*args), threads);
+    else
+        sf::linear(sf::LinearArgs<float>(*args), threads);
+}
+
+SF_EXPORT void sf_attention(const sf_kv_layer* layer, const sf_kv_plan* plan,
+                            const sf_attention_rows* rows, int64_t threads) {
+    if (layer->dtype == SF_BFLOAT16)
+        sf::attention<bf16>(*layer, *plan, *rows, threads);
+    else
+        sf::attention<float>(*layer, *plan, *rows, threads);
 }
 
 // exp, silu and softplus of n elements: what every other function here builds on, for tests.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "packed_abi.h"
 #include "support.h"
 #include "tile.h"
 
@@ -38,19 +39,47 @@ inline void norm_group(const TX* x, const TZ* z, const TO* weight, float eps, in
     }
 }
 
+constexpr int64_t NORM_ROWS = 8;  // of one task
+
 template <class TX, class TO>
-void norm(const TX* x, int64_t x_stride, const TX* z, int64_t z_stride, const TO* weight,
-          float eps, int64_t rows, int64_t dim, int64_t group_size, NormKind kind, TO* out,
-          int64_t out_stride, int64_t threads) {
-    const int64_t block = 8, blocks = ceil_div(rows, block);
-    parallel(blocks, threads, rows * dim * 4, [&](int64_t b) {
+void norm(const sf_norm_args& args, int64_t threads) {
+    const int64_t dim = args.dim, group = args.group_size;
+    parallel(ceil_div(args.rows, NORM_ROWS), threads, args.rows * dim * 4, [&](int64_t task) {
         Scratch& scratch = Scratch::of_thread();
-        scratch.reserve(scratch_bytes(round_up(group_size) * 4));
-        float* values = scratch.take<float>(round_up(group_size));
-        for (int64_t r = b * block; r < rows && r < (b + 1) * block; ++r)
-            for (int64_t g = 0; g < dim; g += group_size)
-                norm_group(x + r * x_stride + g, z ? z + r * z_stride + g : nullptr, weight + g,
-                           eps, group_size, kind, values, out + r * out_stride + g);
+        scratch.reserve(scratch_bytes(round_up(group) * 4));
+        float* values = scratch.take<float>(round_up(group));
+        const int64_t last = (task + 1) * NORM_ROWS;
+        for (int64_t r = task * NORM_ROWS; r < args.rows && r < last; ++r) {
+            const TX* x = static_cast<const TX*>(args.x) + r * args.x_stride;
+            const TX* z = args.z ? static_cast<const TX*>(args.z) + r * args.z_stride : nullptr;
+            TO* out = static_cast<TO*>(args.out) + r * dim;
+            for (int64_t g = 0; g < dim; g += group)
+                norm_group(x + g, z ? z + g : z, static_cast<const TO*>(args.weight) + g,
+                           float(args.eps), group, NormKind(args.kind), values, out + g);
+        }
+    });
+}
+
+// summed = x + residual, rounded to its dtype; and the plain norm of that.
+template <class TX, class TR, class TO>
+void add_norm(const sf_add_norm_args& args, int64_t threads) {
+    const int64_t dim = args.dim;
+    parallel(ceil_div(args.rows, NORM_ROWS), threads, args.rows * dim * 4, [&](int64_t task) {
+        Scratch& scratch = Scratch::of_thread();
+        scratch.reserve(scratch_bytes(round_up(dim) * 4));
+        float* values = scratch.take<float>(round_up(dim));
+        const int64_t last = (task + 1) * NORM_ROWS;
+        for (int64_t r = task * NORM_ROWS; r < args.rows && r < last; ++r) {
+            const TX* x = static_cast<const TX*>(args.x) + r * args.x_stride;
+            const TR* residual = static_cast<const TR*>(args.residual) + r * args.residual_stride;
+            TR* summed = static_cast<TR*>(args.summed) + r * dim;
+            for (int64_t i = 0; i < dim; i += LANES)
+                store_upto(summed + i,
+                           add(load_upto(x + i, dim - i), load_upto(residual + i, dim - i)),
+                           dim - i);
+            norm_group(summed, summed, static_cast<const TO*>(args.weight), float(args.eps), dim,
+                       NORM_PLAIN, values, static_cast<TO*>(args.out) + r * dim);
+        }
     });
 }
 

@@ -1,0 +1,1 @@
+"""What stands between the two projections of an MLP."""
