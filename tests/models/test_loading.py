@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stateferry.core.errors import ModelError
 from stateferry.core.weight_files import weight_files, weights_fingerprint
-from stateferry.models.config import SUPPORTED_ARCHITECTURES
-from stateferry.models.registry import _LOADERS, load_model
+from stateferry.models.registry import load_model
 from stateferry_kernels.dispatch import select_kernels
 from support.tiny_model import write_tiny_model
 
@@ -20,10 +19,6 @@ from support.tiny_model import write_tiny_model
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "tiny")
-
-
-def test_every_supported_architecture_has_a_loader() -> None:
-    assert tuple(_LOADERS) == SUPPORTED_ARCHITECTURES
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
@@ -41,9 +36,10 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", [True, False])
 def test_norm_before_gate_changes_nothing(tiny: Path, written: bool) -> None:
     config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    plain = load_model(tiny, dtype=torch.float32, kernels=select_kernels()).config
+    plain = load_model(tiny, dtype=torch.float32, kernels=select_kernels())
     (tiny / "config.json").write_text(json.dumps({**config, "norm_before_gate": written}))
-    assert load_model(tiny, dtype=torch.float32, kernels=select_kernels()).config == plain
+    loaded = load_model(tiny, dtype=torch.float32, kernels=select_kernels())
+    assert loaded.config == plain.config  # type: ignore[attr-defined]
 
 
 def test_the_fingerprint_sees_a_training_of_one_small_tensor(tmp_path: Path) -> None:

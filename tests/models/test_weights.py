@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from stateferry.core.errors import ModelError
 from stateferry.core.weight_files import weight_files, weights_fingerprint
 from stateferry.models.registry import load_model
 from stateferry_kernels.dispatch import select_kernels
+from support.model_walk import ModelWalk
 from support.tiny_model import write_tiny_model
 
 
-def load(model_dir: Path) -> object:
+def load(model_dir: Path) -> Any:
     return load_model(model_dir, dtype=torch.float32, kernels=select_kernels())
 
 
@@ -45,13 +47,14 @@ def shard(model_dir: Path) -> None:
     (model_dir / "model.safetensors").unlink()
 
 
+def logits(model_dir: Path) -> torch.Tensor:
+    return ModelWalk(load(model_dir), 1).extend({0: range(3, 43)}, rows=range(40))
+
+
 def test_sharded_and_single_files_give_the_same_model(tiny: Path) -> None:
-    single = load(tiny)
+    single = logits(tiny)
     shard(tiny)
-    sharded = load(tiny)
-    assert torch.equal(single._head, sharded._head)  # type: ignore[attr-defined]
-    for a, b in zip(single._layers, sharded._layers, strict=True):  # type: ignore[attr-defined]
-        assert torch.equal(a.in_proj, b.in_proj) and torch.equal(a.ssm.A, b.ssm.A)
+    assert torch.equal(logits(tiny), single)
 
 
 def test_a_missing_tensor_is_named(tiny: Path) -> None:
@@ -78,9 +81,35 @@ def test_integers_are_not_weights(tiny: Path) -> None:
         load(tiny)
 
 
-def test_a_tied_head_that_was_stored_again_is_fine(tiny: Path) -> None:
+def test_a_tied_head_that_was_stored_again_is_the_embedding(tiny: Path) -> None:
+    plain = logits(tiny)
+    embedding = load_file(tiny / "model.safetensors")["backbone.embeddings.weight"]
+    rewrite(tiny, **{"lm_head.weight": embedding.clone()})
+    model = load(tiny)
+    assert model.head is model.embedding
+    assert torch.equal(logits(tiny), plain)
+
+
+def test_a_head_that_is_stored_in_spite_of_a_tie_counts(tiny: Path) -> None:
     rewrite(tiny, **{"lm_head.weight": torch.zeros(259, 64)})
-    assert load(tiny)
+    assert not logits(tiny).any()
+
+
+def test_early_names_of_the_embedding_are_known(tiny: Path) -> None:
+    plain = logits(tiny)
+    embedding = load_file(tiny / "model.safetensors")["backbone.embeddings.weight"]
+    early = {"backbone.embedding.weight": embedding.clone(), "backbone.embeddings.weight": None}
+    rewrite(tiny, **early)
+    assert torch.equal(logits(tiny), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_floating_point_dtype_is_converted(tiny: Path, dtype: torch.dtype) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    rewrite(tiny, **{name: tensor.to(dtype) for name, tensor in weights.items()})
+    model = load(tiny)
+    stored = weights["backbone.layers.1.mixer.in_proj.weight"].to(dtype)
+    assert torch.equal(model.blocks[1].layer.in_proj, stored.float())
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "x.bin", "", 5])

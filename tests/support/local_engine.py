@@ -10,14 +10,22 @@ from stateferry.worker.parts import EngineParts, build_engine
 
 
 def local_engine(
-    model_dir: Path, *, max_requests: int = 16, budget_tokens: int = 512, grid: int = 0
+    model_dir: Path,
+    *,
+    max_requests: int = 16,
+    budget_tokens: int = 512,
+    grid: int = 0,
+    max_context_tokens: int = 2048,
+    memory_bytes: int = 0,
 ) -> tuple[ColocatedEngine, EngineParts]:
     """An engine whose pools are full of NaN, so that a read of unwritten memory shows."""
     parts = build_engine(
-        model_dir, ModelSection(grid_tokens=grid), WorkerSection(max_requests=max_requests)
+        model_dir,
+        ModelSection(grid_tokens=grid, max_context_tokens=max_context_tokens),
+        WorkerSection(max_requests=max_requests, memory_bytes=memory_bytes),
     )
-    parts.cache.pool.poison()
+    parts.cache.pools.poison()
     engine = ColocatedEngine(
-        parts.runner, parts.cache, grid=parts.grid, budget_tokens=budget_tokens
+        parts.runner, parts.cache, parts.rules, grid=parts.grid, budget_tokens=budget_tokens
     )
     return engine, parts

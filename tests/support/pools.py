@@ -31,6 +31,7 @@ async def wait_until_idle(client: Client, within_s: float) -> float:
             or w.load.queued_requests
             or w.load.state_slots_free != w.load.state_slots_total
             or w.load.tail_pages_free != w.load.tail_pages_total
+            or w.load.kv_pages_free != w.load.kv_pages_total
         ]
         took_s = time.monotonic() - began_s
         if workers and not busy:

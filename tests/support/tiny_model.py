@@ -28,7 +28,7 @@ def write_tiny_model(
 ) -> Path:
     """Write config, tokenizer and weights; the vocabulary is three specials and all bytes."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.save(str(model_dir / "tokenizer.json"))
     nheads, vocab = 2 * hidden // headdim, tokenizer.get_vocab_size()
     config = {
@@ -84,7 +84,8 @@ def write_tiny_model(
     return model_dir
 
 
-def _byte_tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
+    """Three specials and all bytes."""
     vocab = {"<pad>": 0, "<s>": 1, "</s>": EOS_ID}
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[letter] = len(vocab)

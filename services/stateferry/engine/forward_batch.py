@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from stateferry.cache.lease import SequenceLease
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.sampling import SamplingParams
+from stateferry.engine.prompt_scores import PromptScores
+from stateferry.engine.rules import SequenceRules
+from stateferry_kernels.kv_layer import KvPlan, KvSequence
 from stateferry_kernels.layer_state import PAD_SLOT
 from stateferry_kernels.plans import (
     BoundaryWrite,
@@ -20,20 +23,24 @@ from stateferry_kernels.plans import (
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """How to choose output token ``index`` of one request. ``banned_ids`` cannot be chosen."""
+    """How to choose output token ``index`` of one request. ``banned_ids`` cannot be chosen;
+    ``rules`` is None for most requests."""
 
     params: SamplingParams
     index: int
     banned_ids: frozenset[int] = frozenset()
+    rules: SequenceRules | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExtendRow:
-    """A run of prompt tokens of one sequence. ``sample`` is set when token 0 follows from it."""
+    """A run of prompt tokens of one sequence. ``sample`` is set when token 0 follows from it,
+    ``scores`` when the client wants log-probabilities of the prompt."""
 
     lease: SequenceLease
     token_ids: tuple[int, ...]
     sample: SampleSpec | None
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,16 @@ class ExtendBatch:
                 )
             )
         return ExtendPlan(grid, tuple(sequences))
+
+    def kv_plan(self, page_tokens: int) -> KvPlan:
+        """Where the same rows' keys and values go."""
+        return KvPlan(
+            page_tokens,
+            tuple(
+                KvSequence(row.lease.position, len(row.token_ids), row.lease.kv_pages)
+                for row in self.rows
+            ),
+        )
 
     def advance(self, grid: int) -> None:
         """Move the leases past what was computed."""
@@ -93,6 +110,14 @@ class DecodeBatch:
             state_slots=tuple(lease.state_slot for lease in leases),
             tail_pages=tuple(lease.tail_page for lease in leases),
             tail_rows=tuple(lease.position % grid for lease in leases),
+        )
+
+    def kv_plan(self, page_tokens: int) -> KvPlan:
+        """Where the same rows' keys and values go."""
+        leases = [row.lease for row in self.rows]
+        return KvPlan(
+            page_tokens,
+            tuple(KvSequence(lease.position, 1, lease.kv_pages) for lease in leases),
         )
 
     def commit_plan(self, grid: int) -> CommitPlan | None:

@@ -1,0 +1,1 @@
+"""Bamba: its configuration and its model."""

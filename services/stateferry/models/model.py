@@ -1,0 +1,72 @@
+"""What an engine may ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from stateferry.models.caches import LayerCaches
+from stateferry_kernels.kv_layer import KvGeometry, KvPlan
+from stateferry_kernels.layer_state import StateGeometry
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
+
+
+class Model(Protocol):
+    """Weights and arithmetic. Sequences live in the ``caches`` that each call is given.
+
+    The two plans of a call describe the same rows in the same order: one says where the recurrent
+    states are, the other where the keys and values are.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activation dtype, which is also that of conv_state, tails, keys and values."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def chunk_size(self) -> int:
+        """The SSD chunk the model was trained with: a grid to start from, not a condition."""
+        ...
+
+    @property
+    def state_geometry(self) -> StateGeometry:
+        """Sizes of the Mamba-2 layers' states."""
+        ...
+
+    @property
+    def kv_geometry(self) -> KvGeometry:
+        """Sizes of the attention layers' keys and values; ``num_layers`` 0 when there are none."""
+        ...
+
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        plan: ExtendPlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+        last_rows: Sequence[int],
+    ) -> torch.Tensor:
+        """Consume a packed batch: token_ids (total_tokens,) int64.
+
+        Returns logits (len(last_rows), vocab_size) fp32 of the rows asked for. Mutates ``caches``
+        as the plans say.
+        """
+        ...
+
+    def decode(
+        self, token_ids: torch.Tensor, plan: DecodePlan, kv_plan: KvPlan, caches: LayerCaches
+    ) -> torch.Tensor:
+        """Consume one token per sequence: token_ids (num_seqs,) int64.
+
+        Returns logits (num_seqs, vocab_size) fp32. Appends to tails and pages; commits nothing.
+        """
+        ...
+
+    def commit(self, plan: CommitPlan, caches: LayerCaches) -> None:
+        """Fold full tails into fresh slots, on every Mamba-2 layer."""
+        ...

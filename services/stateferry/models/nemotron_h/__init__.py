@@ -1,0 +1,1 @@
+"""Nemotron-H: its configuration and its model."""

@@ -1,0 +1,180 @@
+"""One forward pass: which rows there are, where their sequences live, and what the layers share.
+
+An extend and a decode step differ in two operations only, the convolution and the state space
+model. Layers are written once and ask the step for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from stateferry.models.caches import LayerCaches
+from stateferry.models.sizes import AttentionSizes, MixerSizes
+from stateferry_kernels.kv_layer import KvPlan
+from stateferry_kernels.layer_state import ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.operations import Kernels
+from stateferry_kernels.plans import DecodePlan, ExtendPlan
+
+
+@dataclass(frozen=True, slots=True)
+class MixerRows:
+    """What a mixer computes in between. Layers run one after the other, so one serves them all."""
+
+    activated: torch.Tensor  # (num_rows, conv_dim): x | B | C after the convolution
+    x: torch.Tensor  # (num_rows, nheads, headdim), a view of it
+    B: torch.Tensor  # (num_rows, ngroups, dstate), a view of it
+    C: torch.Tensor  # (num_rows, ngroups, dstate), a view of it
+    y: torch.Tensor  # (num_rows, d_inner)
+    y_heads: torch.Tensor  # (num_rows, nheads, headdim), a view of y
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What attention computes, likewise."""
+
+    rows: torch.Tensor  # (num_rows, heads * head_dim)
+    heads: torch.Tensor  # (num_rows, heads, head_dim), a view of it
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    rows: torch.Tensor  # (num_rows,) int64, absolute
+    end: int  # above all of them
+
+
+class _Step:
+    """What both kinds of step have."""
+
+    def __init__(
+        self, kernels: Kernels, token_ids: torch.Tensor, kv_plan: KvPlan, caches: LayerCaches
+    ) -> None:
+        self.kernels = kernels
+        self.kv_plan = kv_plan
+        self.caches = caches
+        self.num_rows = token_ids.shape[0]
+        self._device = token_ids.device
+        self._mixer_rows: MixerRows | None = None
+        self._attended: Attended | None = None
+        self._positions: Positions | None = None
+
+    @property
+    def positions(self) -> Positions:
+        """Where the rows are in their sequences."""
+        if self._positions is None:
+            rows = torch.tensor(self.kv_plan.positions, device=self._device)
+            self._positions = Positions(rows, max(s.end for s in self.kv_plan.sequences))
+        return self._positions
+
+    def mixer_rows(self, sizes: MixerSizes, dtype: torch.dtype) -> MixerRows:
+        """Buffers that the next mixer may overwrite."""
+        if self._mixer_rows is None:
+            rows = self.num_rows
+            activated = torch.empty((rows, sizes.conv_dim), dtype=dtype, device=self._device)
+            x, B, C = activated.split_with_sizes([sizes.d_inner, sizes.bc_dim, sizes.bc_dim], 1)
+            y = torch.empty((rows, sizes.d_inner), dtype=dtype, device=self._device)
+            self._mixer_rows = MixerRows(
+                activated,
+                x.view(rows, sizes.nheads, sizes.headdim),
+                B.view(rows, sizes.ngroups, sizes.dstate),
+                C.view(rows, sizes.ngroups, sizes.dstate),
+                y,
+                y.view(rows, sizes.nheads, sizes.headdim),
+            )
+        return self._mixer_rows
+
+    def attended(self, sizes: AttentionSizes, dtype: torch.dtype) -> Attended:
+        """A buffer that the next attention layer may overwrite."""
+        if self._attended is None:
+            rows = torch.empty((self.num_rows, sizes.q_dim), dtype=dtype, device=self._device)
+            heads = rows.view(self.num_rows, sizes.heads, sizes.head_dim)
+            self._attended = Attended(rows, heads)
+        return self._attended
+
+
+class ExtendStep(_Step):
+    """A packed batch of runs of tokens."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        token_ids: torch.Tensor,
+        plan: ExtendPlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+    ) -> None:
+        super().__init__(kernels, token_ids, kv_plan, caches)
+        self._plan = plan
+
+    def conv(self, xBC: torch.Tensor, conv: ConvParams, state: LayerState, rows: MixerRows) -> None:
+        """Convolve and activate xBC (num_rows, conv_dim)."""
+        self.kernels.causal_conv1d_extend(
+            xBC, conv=conv, plan=self._plan, state=state, out=rows.activated
+        )
+
+    def ssm(
+        self,
+        rows: MixerRows,
+        dt: torch.Tensor,
+        params: SsmLayerParams,
+        state: LayerState,
+        z: torch.Tensor | None,
+    ) -> None:
+        """x, dt, B, C -> y, gated by z (num_rows, nheads, headdim) if there is one."""
+        self.kernels.chunk_scan(
+            rows.x,
+            dt,
+            rows.B,
+            rows.C,
+            params=params,
+            plan=self._plan,
+            state=state,
+            out=rows.y_heads,
+            z=z,
+        )
+
+
+class DecodeStep(_Step):
+    """One token per sequence."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        token_ids: torch.Tensor,
+        plan: DecodePlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+    ) -> None:
+        super().__init__(kernels, token_ids, kv_plan, caches)
+        self._plan = plan
+
+    def conv(self, xBC: torch.Tensor, conv: ConvParams, state: LayerState, rows: MixerRows) -> None:
+        """Convolve and activate xBC (num_rows, conv_dim)."""
+        self.kernels.causal_conv1d_row(
+            xBC, conv=conv, plan=self._plan, state=state, out=rows.activated
+        )
+
+    def ssm(
+        self,
+        rows: MixerRows,
+        dt: torch.Tensor,
+        params: SsmLayerParams,
+        state: LayerState,
+        z: torch.Tensor | None,
+    ) -> None:
+        """x, dt, B, C -> y, gated by z (num_rows, nheads, headdim) if there is one."""
+        self.kernels.decode_row(
+            rows.x,
+            dt,
+            rows.B,
+            rows.C,
+            params=params,
+            plan=self._plan,
+            state=state,
+            out=rows.y_heads,
+            z=z,
+        )
+
+
+Step = ExtendStep | DecodeStep
