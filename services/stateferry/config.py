@@ -98,10 +98,20 @@ class WorkerSection:
         0, "Port that receives state (decode); 0 picks a free one.", least=0
     )
     max_requests: int = _setting(
-        32, "Sequences held at the same time; sizes the state pools.", least=1
+        32, "Most sequences held at the same time; memory_bytes may allow fewer.", least=1
+    )
+    memory_bytes: int = _setting(
+        0,
+        "Memory for sequences: recurrent state, then keys and values. 0: a quarter of the RAM, or "
+        "85 % of what is free on the GPU once the weights are loaded; never more than needed.",
+        least=0,
     )
     max_queue: int = _setting(256, "Requests waiting for a place; more are refused.", least=1)
     extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.", least=1)
+    device: str = _setting(
+        "auto",
+        "Where weights and state live: cpu, cuda, or auto, which takes a GPU if Triton runs on it.",
+    )
     kernels: str = _setting(
         "auto",
         "Kernel backend: auto, cpu, triton, torch, reference.",
@@ -114,9 +124,11 @@ class WorkerSection:
 class TransferSection:
     """The hand-off between workers."""
 
-    max_handoff_bytes: int = _setting(1 << 30, "Largest hand-off that is believed.", least=1)
+    max_handoff_bytes: int = _setting(2 << 30, "Largest hand-off that is believed.", least=1)
     staging_bytes: int = _setting(
-        256 << 20, "Buffers for hand-offs in flight, per process.", least=1
+        2 << 30,
+        "Most memory for hand-offs in flight, per process: room for one of the longest at least.",
+        least=1,
     )
     connect_timeout_s: float = _setting(1.0, "Longest wait for a connection, seconds.", least=0.01)
     progress_timeout_s: float = _setting(

@@ -97,7 +97,7 @@ def _worker(role: Role, config: Config) -> ProcessMain:
         parts = await asyncio.to_thread(
             build_engine, model_dir, config.model, config.worker, _log_progress(model_dir)
         )
-        check_handoff_fits(parts.cache.pool, config.transfer)
+        check_handoff_fits(parts.cache.pools, parts.limits, config.transfer)
         registry = new_registry()
         set_build_info(
             registry,
@@ -114,7 +114,6 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             metrics_address=exporter.address,
             routers=routers,
             cluster_key=cluster_key,
-            max_requests=config.worker.max_requests,
         )
         try:
             if role is Role.PREFILL:

@@ -12,33 +12,42 @@ from stateferry.core.errors import InvariantViolation
 
 def test_hands_out_each_id_once_then_none() -> None:
     pool = SlotPool("slot", 5, first=1)
-    taken = [pool.allocate("a") for _ in range(5)]
-    assert sorted(taken) == [1, 2, 3, 4, 5]  # type: ignore[type-var]
-    assert pool.allocate("a") is None
+    taken = [slot for count in (2, 0, 3) for slot in pool.allocate(count, "a") or ()]
+    assert sorted(taken) == [1, 2, 3, 4, 5]
+    assert pool.allocate(1, "a") is None
+    assert pool.allocate(0, "a") == ()
+
+
+def test_takes_nothing_when_there_are_not_enough() -> None:
+    pool = SlotPool("slot", 3)
+    assert pool.allocate(4, "a") is None
+    assert pool.num_free == 3 and not pool.owners()
 
 
 def test_double_free_is_a_violation() -> None:
     pool = SlotPool("slot", 2)
-    slot = pool.allocate("a")
-    assert slot is not None
-    pool.free(slot)
-    with pytest.raises(InvariantViolation, match=f"slot {slot}"):
-        pool.free(slot)
+    slots = pool.allocate(1, "a")
+    assert slots is not None
+    pool.free(slots)
+    with pytest.raises(InvariantViolation, match=f"slot {slots[0]}"):
+        pool.free(slots)
 
 
 def test_random_walk_conserves() -> None:
-    pool, mine, rng = SlotPool("slot", 7), [], random.Random(3)
+    pool, mine, rng = SlotPool("slot", 17), [], random.Random(3)
     for _ in range(2000):
         if rng.random() < 0.5 and mine:
             pool.free(mine.pop(rng.randrange(len(mine))))
         else:
-            slot = pool.allocate("a")
-            assert (slot is None) == (len(mine) == 7)
-            if slot is not None:
-                assert slot not in mine
-                mine.append(slot)
+            count = rng.randrange(5)
+            slots = pool.allocate(count, "a")
+            held = {slot for taken in mine for slot in taken}
+            assert (slots is None) == (len(held) + count > 17)
+            if slots is not None:
+                assert len(slots) == count and held.isdisjoint(slots)
+                mine.append(slots)
         pool.check_conserved()
-        assert pool.num_free + len(mine) == pool.total
+        assert pool.num_free + sum(map(len, mine)) == pool.total
 
 
 def test_a_lost_id_is_named() -> None:

@@ -24,7 +24,7 @@ def stop(max_tokens: int = 10, min_tokens: int = 0) -> StopConditions:
 
 
 def start(decode: DecodeScheduler, name: str, first: int = 7, **kwargs: int) -> None:
-    decode.admit(name)
+    decode.admit(name, 10)
     assert name in decode.reserve_waiting()
     decode.activate(name, first, stop(**kwargs))
 
@@ -44,7 +44,7 @@ def test_sequences_join_and_leave_between_steps() -> None:
         ("a", 2, FinishReason.STOP),
         ("b", 1, None),
     ]
-    assert memory.held == {"b"}
+    assert set(memory.held) == {"b"}
 
 
 def test_length_and_min_tokens() -> None:
@@ -67,13 +67,13 @@ def test_a_failed_row_ends_alone() -> None:
     assert step is not None
     advances = decode.complete(step, [None, 5])
     assert [a.request_id for a in advances] == ["b"]
-    assert memory.held == {"b"} and not decode.knows("a")
+    assert set(memory.held) == {"b"} and not decode.knows("a")
 
 
 def test_memory_is_given_in_order_of_arrival() -> None:
     decode, _ = scheduler(capacity=1)
     for name in "abc":
-        decode.admit(name)
+        decode.admit(name, 10)
     assert decode.reserve_waiting() == ("a",)
     decode.abort("b")
     decode.abort("a")
@@ -82,9 +82,9 @@ def test_memory_is_given_in_order_of_arrival() -> None:
 
 def test_the_queue_is_bounded() -> None:
     decode, _ = scheduler(max_waiting=1)
-    decode.admit("a")
+    decode.admit("a", 10)
     with pytest.raises(Overloaded):
-        decode.admit("b")
+        decode.admit("b", 10)
 
 
 def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
@@ -93,7 +93,7 @@ def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
     step = decode.schedule()
     assert step is not None
     decode.abort("a")
-    assert memory.held == {"a"}
+    assert set(memory.held) == {"a"}
     assert decode.complete(step, [5]) == ()
     assert not memory.held
 
@@ -107,7 +107,7 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int) -> None:
     reserved: list[str] = []
     for number in range(400):
         if rng.random() < 0.3:
-            decode.admit(f"r{number}")
+            decode.admit(f"r{number}", 10)
             names.append(f"r{number}")
         reserved += decode.reserve_waiting()
         if reserved and rng.random() < 0.7:
@@ -130,3 +130,16 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int) -> None:
         decode.abort(name)
     assert not memory.held
     assert max(next_index.values()) > 3
+
+
+def test_asks_for_the_memory_of_all_that_will_be_held() -> None:
+    memory = CountingMemory(capacity=4, capacity_tokens=100)
+    decode = DecodeScheduler(memory, max_waiting=9)
+    for name, tokens in (("a", 60), ("b", 50), ("c", 10)):
+        decode.admit(name, tokens)
+    # First come, first served: c would fit, but b must not starve.
+    assert decode.reserve_waiting() == ("a",)
+    assert memory.held == {"a": 60} and decode.num_waiting == 2
+    decode.abort("b")
+    assert decode.reserve_waiting() == ("c",)
+    assert memory.held == {"a": 60, "c": 10}

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from stateferry.core.errors import ConfigError
-from stateferry.core.worker import PoolCount, WorkerLoad
+from stateferry.core.worker import PoolCount, PoolSizes, WorkerLoad
 from stateferry.router.observer import NoObserver, RouterObserver
 from stateferry.telemetry.exporter import start_exporter
 from stateferry.telemetry.metrics import (
@@ -34,7 +34,7 @@ def fill(registry: CollectorRegistry) -> None:
     worker = WorkerMetrics(registry)
     worker.observe_step("decode", 0.003, 4, 4)
     worker.handoff_sealed(4096, 0.002)
-    worker.set_pools(PoolCount(free=3, total=8), PoolCount(free=1, total=2))
+    worker.set_pools(PoolCount(3, 8), PoolCount(1, 2), PoolCount(0, 0))
 
 
 @pytest.fixture
@@ -128,6 +128,19 @@ def test_worker_values() -> None:
             queued_tokens=999,
             state_slots=PoolCount(free=2, total=10),
             tail_pages=PoolCount(free=5, total=6),
+            kv_pages=PoolCount(free=30, total=100),
+        )
+    )
+    worker.set_pool_sizes(
+        PoolSizes(
+            sequences=5,
+            state_slots=11,
+            tail_pages=6,
+            kv_pages=100,
+            kv_page_tokens=64,
+            state_slot_bytes=1000,
+            tail_page_bytes=10,
+            kv_page_bytes=500,
         )
     )
 
@@ -147,6 +160,11 @@ def test_worker_values() -> None:
     assert value("state_slots", status="free") == 2
     assert value("state_slots", status="used") == 8
     assert value("tail_pages", status="used") == 1
+    assert value("kv_pages", status="free") == 30
+    assert value("kv_pages", status="used") == 70
+    assert value("pool_bytes", pool="state_slots") == 11_000
+    assert value("pool_bytes", pool="tail_pages") == 60
+    assert value("pool_bytes", pool="kv_pages") == 50_000
 
 
 def test_two_registries_do_not_share() -> None:

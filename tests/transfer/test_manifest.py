@@ -19,6 +19,7 @@ from stateferry.transfer.manifest import (
     SegmentSpec,
     decode_manifest,
     encode_manifest,
+    segment_from_pieces,
     segment_from_tensor,
     segment_offsets,
 )
@@ -149,3 +150,26 @@ def test_segments_start_aligned_and_do_not_overlap() -> None:
     offsets, end = segment_offsets([1, 64, 0, 65, 3])
     assert offsets == [0, 64, 128, 128, 256]
     assert end == 259
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_travel_back_to_back(dtype: torch.dtype) -> None:
+    pages = torch.arange(5 * 2 * 6, dtype=torch.float32).to(dtype).view(5, 2, 6)
+    chosen = [pages[3], pages[0], pages[4]]
+    segment = segment_from_pieces("kv_pages", 1, (3, 2, 6), chosen)
+    whole = segment_from_tensor("kv_pages", 1, pages[[3, 0, 4]])
+    assert (segment.kind, segment.dtype, segment.shape) == (whole.kind, whole.dtype, whole.shape)
+    target = np.zeros(segment.size_bytes, dtype=np.uint8)
+    segment.copy_to(target)
+    assert np.array_equal(target, whole.data) and segment.size_bytes == whole.size_bytes
+    # Shared memory, no copy: what is written later is sent.
+    pages[0].fill_(-1)
+    segment.copy_to(target)
+    assert not np.array_equal(target, whole.data)
+
+
+def test_pieces_that_are_not_the_tensor_are_refused() -> None:
+    page = torch.zeros(2, 6)
+    for pieces in ([], [page, page.bfloat16()], [page, page.T], [page]):
+        with pytest.raises(InvariantViolation, match="layer 0"):
+            segment_from_pieces("kv_pages", 0, (2, 2, 6), pieces)

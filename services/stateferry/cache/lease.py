@@ -9,7 +9,7 @@ from stateferry_kernels.layer_state import ZERO_SLOT
 
 @dataclass(slots=True)
 class SequenceLease:
-    """Two state slots and one tail page, held from admission to the end.
+    """Two state slots, one tail page and all KV pages, held from admission to the end.
 
     ``position`` tokens have been consumed. ``state_slot`` holds the state at the last grid point
     and is never written again; ``next_slot`` is the fresh place of the next one. Passing a grid
@@ -17,10 +17,14 @@ class SequenceLease:
 
         [0, grid_point)          folded into state_slot
         [grid_point, position)   rows of tail_page
+
+    ``kv_pages`` has places for every token that the sequence may ever hold here, in order; empty
+    for a model without attention.
     """
 
     tail_page: int
     slots: tuple[int, int]
+    kv_pages: tuple[int, ...] = ()
     position: int = 0
     state_slot: int = ZERO_SLOT
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from stateferry.core.errors import InvariantViolation
+from stateferry.core.worker import PoolCount
 
 
 class SlotPool:
@@ -22,19 +25,25 @@ class SlotPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, owner: str) -> int | None:
-        """An id that now belongs to ``owner``, or None when all are taken."""
-        if not self._free:
-            return None
-        slot = self._free.pop()
-        self._owners[slot] = owner
-        return slot
+    @property
+    def count(self) -> PoolCount:
+        return PoolCount(len(self._free), self.total)
 
-    def free(self, slot: int) -> None:
-        """Take back an id. Raises InvariantViolation if nobody owns it."""
-        if self._owners.pop(slot, None) is None:
-            raise InvariantViolation(f"{self.name} {slot} was freed but has no owner")
-        self._free.append(slot)
+    def allocate(self, count: int, owner: str) -> tuple[int, ...] | None:
+        """``count`` ids that now belong to ``owner``, or None, and nothing taken, when there are
+        not so many."""
+        if count > len(self._free):
+            return None
+        slots = tuple(self._free.pop() for _ in range(count))
+        self._owners.update(dict.fromkeys(slots, owner))
+        return slots
+
+    def free(self, slots: Iterable[int]) -> None:
+        """Take back ids. Raises InvariantViolation if nobody owns one."""
+        for slot in slots:
+            if self._owners.pop(slot, None) is None:
+                raise InvariantViolation(f"{self.name} {slot} was freed but has no owner")
+            self._free.append(slot)
 
     def check_conserved(self) -> None:
         """free + owned == total, each id once. Raises InvariantViolation naming the ids."""

@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 from stateferry.cache.lease import SequenceLease
+from stateferry.cache.pools import SequencePools
+from stateferry.cache.sizing import SLOTS_PER_SEQUENCE, TAIL_PAGES_PER_SEQUENCE
 from stateferry.cache.slots import SlotPool
-from stateferry.cache.state_pool import StatePool
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.worker import PoolCount
 
-SLOTS_PER_SEQUENCE = 2
-PAGES_PER_SEQUENCE = 1
-
-
-def num_slots(max_sequences: int) -> int:
-    """State slots that a pool needs for this many sequences, ZERO_SLOT included."""
-    return 1 + max_sequences * SLOTS_PER_SEQUENCE
-
-
-def num_pages(max_sequences: int) -> int:
-    """Tail pages that a pool needs for this many sequences."""
-    return max_sequences * PAGES_PER_SEQUENCE
-
 
 class StateCache:
-    """Gives each sequence its slots at admission, so that a running one can never lack them."""
+    """Gives each sequence all its memory at admission, so that a running one can never lack any."""
 
-    def __init__(self, pool: StatePool, max_sequences: int) -> None:
-        self.pool = pool
+    def __init__(self, pools: SequencePools, max_sequences: int) -> None:
+        self.pools = pools
         self._state_slots = SlotPool("state slot", max_sequences * SLOTS_PER_SEQUENCE, first=1)
-        self._tail_pages = SlotPool("tail page", max_sequences * PAGES_PER_SEQUENCE)
+        self._tail_pages = SlotPool("tail page", max_sequences * TAIL_PAGES_PER_SEQUENCE)
+        self._kv_pages = SlotPool("KV page", pools.kv.num_pages)
         self._leases: dict[str, SequenceLease] = {}
 
-    def reserve(self, request_id: str) -> bool:
-        """Lease memory for a sequence; False, and nothing taken, when some pool is empty."""
+    def reserve(self, request_id: str, num_tokens: int) -> bool:
+        """Lease memory for a sequence that will hold at most ``num_tokens``; False, and nothing
+        taken, when some pool has too little left."""
         if request_id in self._leases:
             raise InvariantViolation(f"{request_id} already holds a lease")
-        if self._state_slots.num_free < SLOTS_PER_SEQUENCE or not self._tail_pages.num_free:
+        num_kv_pages = self.pools.kv.pages_for(num_tokens)
+        if num_kv_pages > self._kv_pages.total:
+            # Whoever waits for this would wait for ever: limits must have refused it.
+            raise InvariantViolation(f"{request_id}: {num_tokens} tokens can never be held")
+        slots = self._state_slots.allocate(SLOTS_PER_SEQUENCE, request_id)
+        tail = self._tail_pages.allocate(TAIL_PAGES_PER_SEQUENCE, request_id)
+        pages = self._kv_pages.allocate(num_kv_pages, request_id)
+        if slots is None or tail is None or pages is None:
+            self._give_back(slots or (), tail or (), pages or ())
             return False
-        slots = (
-            self._allocate(self._state_slots, request_id),
-            self._allocate(self._state_slots, request_id),
+        self._leases[request_id] = SequenceLease(
+            tail_page=tail[0], slots=(slots[0], slots[1]), kv_pages=pages
         )
-        page = self._allocate(self._tail_pages, request_id)
-        self._leases[request_id] = SequenceLease(tail_page=page, slots=slots)
         return True
 
     def lease(self, request_id: str) -> SequenceLease:
@@ -56,29 +51,31 @@ class StateCache:
         """Return everything. No step that touches the lease may be in flight."""
         lease = self.lease(request_id)
         del self._leases[request_id]
-        for slot in lease.slots:
-            self._state_slots.free(slot)
-        self._tail_pages.free(lease.tail_page)
+        self._give_back(lease.slots, (lease.tail_page,), lease.kv_pages)
 
     @property
     def state_slots(self) -> PoolCount:
-        return PoolCount(self._state_slots.num_free, self._state_slots.total)
+        return self._state_slots.count
 
     @property
     def tail_pages(self) -> PoolCount:
-        return PoolCount(self._tail_pages.num_free, self._tail_pages.total)
+        return self._tail_pages.count
+
+    @property
+    def kv_pages(self) -> PoolCount:
+        return self._kv_pages.count
 
     def check_conserved(self) -> None:
         """Raises InvariantViolation naming ids that are lost, doubled or leased to nobody."""
-        for pool in (self._state_slots, self._tail_pages):
+        for pool in (self._state_slots, self._tail_pages, self._kv_pages):
             pool.check_conserved()
             strays = {s: owner for s, owner in pool.owners().items() if owner not in self._leases}
             if strays:
                 raise InvariantViolation(f"{pool.name}s without a lease: {strays}")
 
-    @staticmethod
-    def _allocate(pool: SlotPool, owner: str) -> int:
-        slot = pool.allocate(owner)
-        if slot is None:
-            raise InvariantViolation(f"no {pool.name} left after it was counted")
-        return slot
+    def _give_back(
+        self, slots: tuple[int, ...], tail: tuple[int, ...], pages: tuple[int, ...]
+    ) -> None:
+        self._state_slots.free(slots)
+        self._tail_pages.free(tail)
+        self._kv_pages.free(pages)

@@ -6,26 +6,14 @@ one piece and a whole state in one block. Kernels see one layer of every slot: a
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import astuple, dataclass
-
 import torch
 
 from stateferry.cache.lease import SequenceLease
+from stateferry.cache.state_view import StateView, whole
 from stateferry.core.errors import ConfigError
 from stateferry_kernels.layer_state import ZERO_SLOT, LayerState, StateGeometry
 
-_LAYOUT_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class StateView:
-    """A contiguous piece of one sequence's state, in place in the pool. ``kind`` is the name of the
-    LayerState field it belongs to."""
-
-    kind: str
-    layer: int
-    tensor: torch.Tensor
+_Part = tuple[tuple[int, ...], torch.dtype]
 
 
 class StatePool:
@@ -49,26 +37,19 @@ class StatePool:
         self.geometry = geometry
         self.grid = grid
         self.dtype = dtype
-        g, layers = geometry, geometry.num_layers
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
         self._tensors = {
-            "ssm_state": empty(
-                num_slots, layers, g.nheads, g.headdim, g.dstate, dtype=torch.float32
-            ),
-            "conv_state": empty(num_slots, layers, g.conv_dim, g.d_conv - 1),
-            "tail_xBC": empty(num_pages, layers, grid, g.conv_dim),
-            "tail_x": empty(num_pages, layers, grid, g.nheads, g.headdim),
-            "tail_B": empty(num_pages, layers, grid, g.ngroups, g.dstate),
-            "tail_dt": empty(num_pages, layers, grid, g.nheads, dtype=torch.float32),
+            kind: torch.empty((count, *shape), dtype=part_dtype, device=device)
+            for count, parts in (
+                (num_slots, slot_parts(geometry, dtype)),
+                (num_pages, tail_parts(geometry, grid, dtype)),
+            )
+            for kind, (shape, part_dtype) in parts.items()
         }
         for kind in _STATE_KINDS:
             self._tensors[kind][ZERO_SLOT].zero_()
         self.layers = tuple(
             LayerState(**{kind: tensor[:, layer] for kind, tensor in self._tensors.items()})
-            for layer in range(layers)
+            for layer in range(geometry.num_layers)
         )
 
     def sequence_views(self, lease: SequenceLease) -> list[StateView]:
@@ -81,20 +62,21 @@ class StatePool:
         for layer in range(self.geometry.num_layers):
             if lease.state_slot != ZERO_SLOT:
                 views += [
-                    StateView(kind, layer, self._tensors[kind][lease.state_slot, layer])
+                    whole(kind, layer, self._tensors[kind][lease.state_slot, layer])
                     for kind in _STATE_KINDS
                 ]
             if rows:
                 views += [
-                    StateView(kind, layer, self._tensors[kind][lease.tail_page, layer, :rows])
+                    whole(kind, layer, self._tensors[kind][lease.tail_page, layer, :rows])
                     for kind in _TAIL_KINDS
                 ]
         return views
 
+    @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
+    @property
     def max_sequence_bytes(self) -> int:
         """Most bytes that ``sequence_views`` of one sequence can have."""
         return sum(tensor[0].nbytes for tensor in self._tensors.values())
@@ -105,10 +87,24 @@ class StatePool:
             tensor[1 if kind in _STATE_KINDS else 0 :].fill_(float("nan"))
 
 
-def layout_fingerprint(geometry: StateGeometry, grid: int, dtype: torch.dtype) -> str:
-    """Digest of all that decides what the bytes of a hand-off mean."""
-    text = f"{_LAYOUT_VERSION}:{astuple(geometry)}:{grid}:{dtype}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def slot_parts(geometry: StateGeometry, dtype: torch.dtype) -> dict[str, _Part]:
+    """What one state slot holds: (shape, dtype) by kind. ``dtype`` is that of activations."""
+    g, layers = geometry, geometry.num_layers
+    return {
+        "ssm_state": ((layers, g.nheads, g.headdim, g.dstate), torch.float32),
+        "conv_state": ((layers, g.conv_dim, g.d_conv - 1), dtype),
+    }
+
+
+def tail_parts(geometry: StateGeometry, grid: int, dtype: torch.dtype) -> dict[str, _Part]:
+    """What one tail page holds: (shape, dtype) by kind."""
+    g, layers = geometry, geometry.num_layers
+    return {
+        "tail_xBC": ((layers, grid, g.conv_dim), dtype),
+        "tail_x": ((layers, grid, g.nheads, g.headdim), dtype),
+        "tail_B": ((layers, grid, g.ngroups, g.dstate), dtype),
+        "tail_dt": ((layers, grid, g.nheads), torch.float32),
+    }
 
 
 _STATE_KINDS = ("ssm_state", "conv_state")

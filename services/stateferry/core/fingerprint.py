@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from stateferry.core.errors import HandshakeMismatch
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """Compared field by field at every handshake, so that a refusal can name what differs.
 
-    ``weights`` is a digest of the model files; ``layout`` a digest of the state's geometry;
-    ``numerics`` names the kernels' order of summation: backends of equal names give equal bits.
+    ``weights`` is a digest of the model files; ``layout`` a digest of the geometry of
+    recurrent state and KV; ``numerics`` names the kernels' order of summation: backends of
+    equal names give equal bits.
     """
 
     protocol: int

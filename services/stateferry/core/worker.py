@@ -9,6 +9,33 @@ from stateferry.core.ids import Role, WorkerKey
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """How a worker's memory for sequences is cut up. ``state_slots`` counts the zero state, which
+    nobody holds; a model without attention has no KV pages, of 0 bytes each."""
+
+    sequences: int
+    state_slots: int
+    tail_pages: int
+    kv_pages: int
+    kv_page_tokens: int
+    state_slot_bytes: int
+    tail_page_bytes: int
+    kv_page_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return (
+            self.state_slots * self.state_slot_bytes
+            + self.tail_pages * self.tail_page_bytes
+            + self.kv_pages * self.kv_page_bytes
+        )
+
+    def kv_pages_for(self, num_tokens: int) -> int:
+        """KV pages that a sequence of ``num_tokens`` takes."""
+        return -(-num_tokens // self.kv_page_tokens) if self.kv_page_bytes else 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDescription:
     """Fixed for one incarnation. Addresses are ``host:port``; ``transfer_address`` is what a
     transport's ``connect`` takes, None on a worker that receives no state."""
@@ -23,6 +50,7 @@ class WorkerDescription:
     max_context_tokens: int
     vocab_size: int
     kernels: str
+    pools: PoolSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +71,4 @@ class WorkerLoad:
     queued_tokens: int
     state_slots: PoolCount
     tail_pages: PoolCount
+    kv_pages: PoolCount

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.filesize import decimal
 from rich.table import Table
 
 from stateferry.v1 import membership_pb2
@@ -21,8 +22,8 @@ def address_table(addresses: Mapping[str, Mapping[str, str]], pids: Mapping[str,
 
 
 def load_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
-    """How busy workers are: requests of capacity, slots and pages in use of all there are."""
-    table = _table("worker", "role", "model", "active", "queued", "slots", "pages", "kernels")
+    """How busy workers are: requests of capacity, and those in their queue."""
+    table = _table("worker", "role", "model", "active", "queued", "kernels")
     for worker in workers:
         what, load = worker.description, worker.load
         role = membership_pb2.WorkerRole.Name(what.role).removeprefix("WORKER_ROLE_").lower()
@@ -32,10 +33,28 @@ def load_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
             what.fingerprint.model,
             f"{load.active_requests}/{what.capacity_requests}",
             str(load.queued_requests),
-            f"{load.state_slots_total - load.state_slots_free}/{load.state_slots_total}",
-            f"{load.tail_pages_total - load.tail_pages_free}/{load.tail_pages_total}",
             what.kernels,
         )
+    return table
+
+
+def memory_table(workers: Sequence[membership_pb2.WorkerStatus]) -> Table:
+    """Workers' memory for sequences: in use of all there are, and the size of one of each."""
+    table = _table("worker", "state slots", "tail pages", "KV pages", "all pools")
+    for worker in workers:
+        load, pools = worker.load, worker.description.pools
+        kinds = (
+            (load.state_slots_free, load.state_slots_total, pools.state_slot_bytes),
+            (load.tail_pages_free, load.tail_pages_total, pools.tail_page_bytes),
+            (load.kv_pages_free, load.kv_pages_total, pools.kv_page_bytes),
+        )
+        cells = [
+            f"{total - free}/{total} of {decimal(each)}" if each else "-"
+            for free, total, each in kinds
+        ]
+        counts = (pools.state_slots, pools.tail_pages, pools.kv_pages)
+        size_bytes = sum(n * each for n, (_, _, each) in zip(counts, kinds, strict=True))
+        table.add_row(worker.description.worker_id, *cells, decimal(size_bytes))
     return table
 
 

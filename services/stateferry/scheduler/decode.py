@@ -8,7 +8,6 @@ Life of a sequence::
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,27 +56,31 @@ class DecodeScheduler:
     def __init__(self, memory: StateMemory, *, max_waiting: int) -> None:
         self._memory = memory
         self._max_waiting = max_waiting
-        self._waiting: deque[str] = deque()
+        self._waiting: dict[str, int] = {}
         self._reserved: set[str] = set()
         self._active: dict[str, _Sequence] = {}
         self._in_flight: DecodeStep | None = None
         self._gone_in_flight: set[str] = set()
 
-    def admit(self, request_id: str) -> None:
-        """Queue for memory. Raises Overloaded when the queue is full."""
+    def admit(self, request_id: str, held_tokens: int) -> None:
+        """Queue for memory. ``held_tokens`` is the most that the sequence will ever have here.
+        Raises Overloaded when the queue is full."""
         if self.knows(request_id):
             raise InvariantViolation(f"{request_id} was admitted twice")
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting for memory already")
-        self._waiting.append(request_id)
+        self._waiting[request_id] = held_tokens
 
     def reserve_waiting(self) -> tuple[str, ...]:
         """Lease memory to those who wait, in order; returns who got it."""
         reserved = []
-        while self._waiting and self._memory.reserve(self._waiting[0]):
-            request_id = self._waiting.popleft()
-            self._reserved.add(request_id)
+        for request_id, held_tokens in self._waiting.items():
+            if not self._memory.reserve(request_id, held_tokens):
+                break
             reserved.append(request_id)
+        for request_id in reserved:
+            del self._waiting[request_id]
+        self._reserved.update(reserved)
         return tuple(reserved)
 
     def activate(self, request_id: str, first_token_id: int, stop: StopConditions) -> None:
@@ -140,7 +143,7 @@ class DecodeScheduler:
             else:
                 self._memory.release(request_id)
         elif request_id in self._waiting:
-            self._waiting.remove(request_id)
+            del self._waiting[request_id]
 
     def knows(self, request_id: str) -> bool:
         """Whether the request still has anything here, memory included."""

@@ -40,6 +40,7 @@ class ExtendStep:
 class _Job:
     request_id: str
     prompt_len: int
+    held_tokens: int
     computed_len: int = 0
 
 
@@ -63,13 +64,14 @@ class PrefillScheduler:
         self._in_flight: ExtendStep | None = None
         self._aborted_in_flight: set[str] = set()
 
-    def submit(self, request_id: str, prompt_len: int) -> None:
-        """Queue a prompt. Raises Overloaded when the queue is full."""
+    def submit(self, request_id: str, prompt_len: int, held_tokens: int) -> None:
+        """Queue a prompt. ``held_tokens`` is the most that the sequence will ever have here, at
+        least ``prompt_len``. Raises Overloaded when the queue is full."""
         if self.knows(request_id):
             raise InvariantViolation(f"{request_id} was submitted twice")
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts are waiting already")
-        self._waiting.append(_Job(request_id, prompt_len))
+        self._waiting.append(_Job(request_id, prompt_len, held_tokens))
 
     def schedule(self) -> ExtendStep | None:
         """The next step, or None when nothing can run."""
@@ -164,9 +166,11 @@ class PrefillScheduler:
         return sum(job.prompt_len - job.computed_len for job in jobs)
 
     def _admit(self) -> None:
-        while self._waiting and self._memory.reserve(self._waiting[0].request_id):
-            job = self._waiting.popleft()
-            self._running[job.request_id] = job
+        while self._waiting:
+            job = self._waiting[0]
+            if not self._memory.reserve(job.request_id, job.held_tokens):
+                return
+            self._running[job.request_id] = self._waiting.popleft()
 
     def _cut(self, job: _Job, budget_tokens: int) -> ExtendSlice | None:
         start = job.computed_len

@@ -10,7 +10,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from stateferry.core.ids import Role
-from stateferry.core.worker import PoolCount, WorkerLoad
+from stateferry.core.worker import PoolCount, PoolSizes, WorkerLoad
 from stateferry.telemetry import buckets
 
 
@@ -133,7 +133,9 @@ class WorkerMetrics:
         self._queued = gauge("requests_queued", "Requests accepted but not begun.")
         self._queued_tokens = gauge("tokens_queued", "Prompt tokens still to compute.")
         self._slots = gauge("state_slots", "State slots.", ("status",))
-        self._pages = gauge("tail_pages", "Tail pages.", ("status",))
+        self._tail_pages = gauge("tail_pages", "Tail pages.", ("status",))
+        self._kv_pages = gauge("kv_pages", "Pages of keys and values.", ("status",))
+        self._pool_size = gauge("pool_bytes", "Memory of one pool, in use or not.", ("pool",))
         self._step_time = histogram(
             "step_seconds", "One forward pass.", buckets.STEP_SECONDS, ("kind",)
         )
@@ -176,9 +178,22 @@ class WorkerMetrics:
         """A hand-off broke, or what arrived could not be used. Not for cancelled requests."""
         self._handoffs.labels("failed").inc()
 
-    def set_pools(self, state_slots: PoolCount, tail_pages: PoolCount) -> None:
+    def set_pool_sizes(self, sizes: PoolSizes) -> None:
+        """What the pools were cut to at start."""
+        for pool, count, each in (
+            ("state_slots", sizes.state_slots, sizes.state_slot_bytes),
+            ("tail_pages", sizes.tail_pages, sizes.tail_page_bytes),
+            ("kv_pages", sizes.kv_pages, sizes.kv_page_bytes),
+        ):
+            self._pool_size.labels(pool).set(count * each)
+
+    def set_pools(self, state_slots: PoolCount, tail_pages: PoolCount, kv_pages: PoolCount) -> None:
         """Occupancy of the pools."""
-        for gauge, count in ((self._slots, state_slots), (self._pages, tail_pages)):
+        for gauge, count in (
+            (self._slots, state_slots),
+            (self._tail_pages, tail_pages),
+            (self._kv_pages, kv_pages),
+        ):
             gauge.labels("free").set(count.free)
             gauge.labels("used").set(count.total - count.free)
 
@@ -191,4 +206,4 @@ class WorkerMetrics:
     def set_load(self, load: WorkerLoad) -> None:
         """Everything that a heartbeat says: call it with each report."""
         self.set_requests(load.active_requests, load.queued_requests, load.queued_tokens)
-        self.set_pools(load.state_slots, load.tail_pages)
+        self.set_pools(load.state_slots, load.tail_pages, load.kv_pages)

@@ -33,7 +33,7 @@ from stateferry.transfer.frames import (
 from stateferry.transfer.limits import TransferLimits
 from stateferry.transfer.manifest import (
     Manifest,
-    Segment,
+    OutgoingSegment,
     SegmentSpec,
     encode_manifest,
     segment_offsets,
@@ -63,7 +63,7 @@ class PushOrder:
     request_id: str
     epoch: int
     payload: bytes
-    segments: Sequence[Segment]
+    segments: Sequence[OutgoingSegment]
 
 
 class _Push:
@@ -180,7 +180,7 @@ class Lane:
 
     async def _push_now(self, push: _Push) -> str:
         channel, order = await self._ready(), push.order
-        offsets, wire_bytes = segment_offsets([segment.data.nbytes for segment in order.segments])
+        offsets, wire_bytes = segment_offsets([segment.size_bytes for segment in order.segments])
         block = await self._shared.staging.acquire(wire_bytes, self._shared.limits.credit_timeout_s)
         try:
             push.begin_staging()
@@ -280,19 +280,24 @@ def _rejection(reason: RejectReason) -> PushRejected | Overloaded | IntegrityErr
 
 
 def _stage(
-    segments: Sequence[Segment], offsets: Sequence[int], block: StagingBlock
+    segments: Sequence[OutgoingSegment], offsets: Sequence[int], block: StagingBlock
 ) -> tuple[SegmentSpec, ...]:
     """Copy the segments into ``block``. The checksum is that of the copy: of what is sent."""
     specs, end = [], 0
     for segment, start in zip(segments, offsets, strict=True):
         # The gap may hold bytes of another request.
         block.data[end:start] = 0
-        end = start + segment.data.nbytes
-        block.data[start:end] = segment.data
-        crc = crc32c(block.data[start:end])
+        end = start + segment.size_bytes
+        copy = block.data[start:end]
+        segment.copy_to(copy)
         specs.append(
             SegmentSpec(
-                segment.kind, segment.layer, segment.dtype, segment.shape, segment.data.nbytes, crc
+                kind=segment.kind,
+                layer=segment.layer,
+                dtype=segment.dtype,
+                shape=segment.shape,
+                size_bytes=copy.nbytes,
+                crc32c=crc32c(copy),
             )
         )
     return tuple(specs)

@@ -55,8 +55,8 @@ class SegmentKind(enum.Enum):
     TAIL_B = "tail_B"
     TAIL_DT = "tail_dt"
     HIDDEN = "hidden"
-    KV_KEY = "kv_key"
-    KV_VALUE = "kv_value"
+    KV_PAGES = "kv_pages"
+    KV_ROWS = "kv_rows"
 
 
 _KIND_CODES = {kind: code for code, kind in enumerate(SegmentKind)}
@@ -76,12 +76,45 @@ class Segment:
     data: Bytes
 
     def __post_init__(self) -> None:
-        # UCX sends a strided array as raw storage, without an error: wrong bytes.
-        flat = self.data.dtype == np.uint8 and self.data.ndim == 1
-        if not flat or not self.data.flags.c_contiguous:
-            raise InvariantViolation(f"{self.kind}, layer {self.layer}: not a flat run of bytes")
+        _check_flat(self.data, f"{self.kind}, layer {self.layer}")
         if self.data.nbytes != _size_bytes(self.dtype, self.shape):
             raise InvariantViolation(f"{self.kind}, layer {self.layer}: size and shape disagree")
+
+    @property
+    def size_bytes(self) -> int:
+        return self.data.nbytes
+
+    def copy_to(self, target: Bytes) -> None:
+        """Write all bytes to ``target``, which has their number."""
+        target[:] = self.data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScatteredSegment:
+    """Like Segment, for the sending side alone: its bytes lie in ``pieces``, in this order."""
+
+    kind: SegmentKind
+    layer: int
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Bytes, ...]
+
+    def __post_init__(self) -> None:
+        for piece in self.pieces:
+            _check_flat(piece, f"{self.kind}, layer {self.layer}")
+        if self.size_bytes != _size_bytes(self.dtype, self.shape):
+            raise InvariantViolation(f"{self.kind}, layer {self.layer}: size and shape disagree")
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def copy_to(self, target: Bytes) -> None:
+        """Write all bytes to ``target``, which has their number."""
+        np.concatenate(self.pieces, out=target)
+
+
+OutgoingSegment = Segment | ScatteredSegment
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +151,39 @@ def segment_from_tensor(kind: SegmentKind | str, layer: int, tensor: torch.Tenso
 
     The tensor must be contiguous and on the CPU. Raises InvariantViolation if not.
     """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise InvariantViolation(f"{kind}, layer {layer}: not a contiguous CPU tensor")
-    return Segment(
+    data = bytes_of(tensor, f"{kind}, layer {layer}")
+    return Segment(SegmentKind(kind), layer, dtype_name(tensor.dtype), tuple(tensor.shape), data)
+
+
+def segment_from_pieces(
+    kind: SegmentKind | str, layer: int, shape: tuple[int, ...], pieces: Sequence[torch.Tensor]
+) -> ScatteredSegment:
+    """A tensor of ``shape`` that lies in ``pieces``, whose memory is shared: one or more, of one
+    dtype, each as ``segment_from_tensor`` wants them. Raises InvariantViolation if not."""
+    label = f"{kind}, layer {layer}"
+    dtypes = {piece.dtype for piece in pieces}
+    if len(dtypes) != 1:
+        raise InvariantViolation(f"{label}: pieces of {len(dtypes)} dtypes")
+    return ScatteredSegment(
         kind=SegmentKind(kind),
         layer=layer,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        # bfloat16 has no numpy type; bytes have.
-        data=tensor.detach().reshape(-1).view(torch.uint8).numpy(),
+        dtype=dtype_name(dtypes.pop()),
+        shape=shape,
+        pieces=tuple(bytes_of(piece, label) for piece in pieces),
     )
+
+
+def bytes_of(tensor: torch.Tensor, label: str) -> Bytes:
+    """The memory of a contiguous CPU tensor. Raises InvariantViolation for any other."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise InvariantViolation(f"{label}: not a contiguous CPU tensor")
+    # bfloat16 has no numpy type; bytes have.
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name in a manifest."""
+    return str(dtype).removeprefix("torch.")
 
 
 def segment_offsets(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
@@ -212,6 +268,12 @@ def _check(manifest: Manifest) -> None:
         seen.add((spec.kind, spec.layer))
     if not 0 < manifest.size_bytes <= MAX_TOTAL_BYTES:
         raise FrameError(f"{manifest.size_bytes} bytes in all")
+
+
+def _check_flat(data: Bytes, label: str) -> None:
+    # UCX sends a strided array as raw storage, without an error: wrong bytes.
+    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+        raise InvariantViolation(f"{label}: not a flat run of bytes")
 
 
 def _size_bytes(dtype: str, shape: tuple[int, ...]) -> int:

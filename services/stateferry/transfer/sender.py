@@ -12,7 +12,7 @@ from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
 from stateferry.transfer.lane import Lane, PushOrder, SenderShared
 from stateferry.transfer.limits import TransferLimits
-from stateferry.transfer.manifest import Segment
+from stateferry.transfer.manifest import OutgoingSegment
 from stateferry.transfer.staging import StagingPool
 from stateferry.transfer.transport import Transport
 
@@ -71,7 +71,7 @@ class HandoffSender:
         request_id: str,
         epoch: int,
         payload: bytes,
-        segments: Sequence[Segment],
+        segments: Sequence[OutgoingSegment],
     ) -> PushReceipt:
         """Push one sequence's state and wait until ``receiver`` has sealed it.
 
@@ -83,7 +83,7 @@ class HandoffSender:
         manifest beyond the limits or a peer that talks nonsense, PeerLost for all that breaks.
         """
         started_s = self._clock.monotonic_s()
-        size_bytes = sum(segment.data.nbytes for segment in segments)
+        size_bytes = sum(segment.size_bytes for segment in segments)
         lane = self._lane(address, receiver)
         try:
             transport = await lane.push(PushOrder(request_id, epoch, payload, segments))

@@ -39,7 +39,7 @@ class JoinReply(_message.Message):
     def __init__(self, heartbeat_interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "grpc_address", "transfer_address", "metrics_address", "fingerprint", "capacity_requests", "max_context_tokens", "kernels", "vocab_size")
+    __slots__ = ("worker_id", "incarnation", "role", "grpc_address", "transfer_address", "metrics_address", "fingerprint", "capacity_requests", "max_context_tokens", "kernels", "vocab_size", "pools")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class WorkerDescription(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     role: WorkerRole
@@ -62,7 +63,28 @@ class WorkerDescription(_message.Message):
     max_context_tokens: int
     kernels: str
     vocab_size: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., grpc_address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., fingerprint: _Optional[_Union[WorkerFingerprint, _Mapping]] = ..., capacity_requests: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kernels: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    pools: PoolSizes
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., grpc_address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., fingerprint: _Optional[_Union[WorkerFingerprint, _Mapping]] = ..., capacity_requests: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kernels: _Optional[str] = ..., vocab_size: _Optional[int] = ..., pools: _Optional[_Union[PoolSizes, _Mapping]] = ...) -> None: ...
+
+class PoolSizes(_message.Message):
+    __slots__ = ("sequences", "state_slots", "tail_pages", "kv_pages", "kv_page_tokens", "state_slot_bytes", "tail_page_bytes", "kv_page_bytes")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_PAGES_FIELD_NUMBER: _ClassVar[int]
+    KV_PAGES_FIELD_NUMBER: _ClassVar[int]
+    KV_PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TAIL_PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    sequences: int
+    state_slots: int
+    tail_pages: int
+    kv_pages: int
+    kv_page_tokens: int
+    state_slot_bytes: int
+    tail_page_bytes: int
+    kv_page_bytes: int
+    def __init__(self, sequences: _Optional[int] = ..., state_slots: _Optional[int] = ..., tail_pages: _Optional[int] = ..., kv_pages: _Optional[int] = ..., kv_page_tokens: _Optional[int] = ..., state_slot_bytes: _Optional[int] = ..., tail_page_bytes: _Optional[int] = ..., kv_page_bytes: _Optional[int] = ...) -> None: ...
 
 class WorkerFingerprint(_message.Message):
     __slots__ = ("protocol", "model", "weights", "layout", "grid_tokens", "dtype", "numerics")
@@ -83,7 +105,7 @@ class WorkerFingerprint(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., model: _Optional[str] = ..., weights: _Optional[str] = ..., layout: _Optional[str] = ..., grid_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("sequence", "active_requests", "queued_requests", "queued_tokens", "state_slots_free", "state_slots_total", "tail_pages_free", "tail_pages_total")
+    __slots__ = ("sequence", "active_requests", "queued_requests", "queued_tokens", "state_slots_free", "state_slots_total", "tail_pages_free", "tail_pages_total", "kv_pages_free", "kv_pages_total")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +114,8 @@ class WorkerLoad(_message.Message):
     STATE_SLOTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     TAIL_PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
     TAIL_PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KV_PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
+    KV_PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     active_requests: int
     queued_requests: int
@@ -100,7 +124,9 @@ class WorkerLoad(_message.Message):
     state_slots_total: int
     tail_pages_free: int
     tail_pages_total: int
-    def __init__(self, sequence: _Optional[int] = ..., active_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., state_slots_free: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., tail_pages_free: _Optional[int] = ..., tail_pages_total: _Optional[int] = ...) -> None: ...
+    kv_pages_free: int
+    kv_pages_total: int
+    def __init__(self, sequence: _Optional[int] = ..., active_requests: _Optional[int] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., state_slots_free: _Optional[int] = ..., state_slots_total: _Optional[int] = ..., tail_pages_free: _Optional[int] = ..., tail_pages_total: _Optional[int] = ..., kv_pages_free: _Optional[int] = ..., kv_pages_total: _Optional[int] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ()

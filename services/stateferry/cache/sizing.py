@@ -1,0 +1,71 @@
+"""How many sequences, slots and pages a memory budget holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from stateferry.cache.kv_pool import page_shape, pages_for
+from stateferry.cache.state_pool import slot_parts, tail_parts
+from stateferry.core.errors import ConfigError
+from stateferry.core.worker import PoolSizes
+from stateferry_kernels.kv_layer import KvGeometry
+from stateferry_kernels.layer_state import StateGeometry
+
+SLOTS_PER_SEQUENCE = 2
+TAIL_PAGES_PER_SEQUENCE = 1
+
+
+def size_pools(
+    state_geometry: StateGeometry,
+    kv_geometry: KvGeometry,
+    *,
+    grid: int,
+    dtype: torch.dtype,
+    max_sequences: int,
+    max_context_tokens: int,
+    budget_bytes: int,
+) -> PoolSizes:
+    """Pools of at most ``budget_bytes``: recurrent state for as many sequences as wanted, and KV
+    pages for all of them at full length, or for as many tokens as the rest of the budget holds.
+
+    One sequence of ``max_context_tokens`` always fits, so that an empty worker can take any request
+    that is within the limits. Raises ConfigError naming what it would take.
+    """
+    # Pages as long as the grid: a snapshot then ends where a page ends.
+    page_tokens = grid
+    slot_bytes = _size_bytes(slot_parts(state_geometry, dtype))
+    tail_bytes = _size_bytes(tail_parts(state_geometry, grid, dtype))
+    page_bytes = math.prod(page_shape(kv_geometry, page_tokens)) * dtype.itemsize
+    full_pages = pages_for(kv_geometry, page_tokens, max_context_tokens)
+    sequence_bytes = SLOTS_PER_SEQUENCE * slot_bytes + TAIL_PAGES_PER_SEQUENCE * tail_bytes
+    # Slot 0 is the zero state of everybody.
+    for_sequences = budget_bytes - slot_bytes - full_pages * page_bytes
+    sequences = min(max_sequences, for_sequences // sequence_bytes)
+    if sequences < 1:
+        needed = budget_bytes - for_sequences + sequence_bytes
+        raise ConfigError(
+            "worker.memory_bytes",
+            f"{budget_bytes} is less than the {needed} bytes that one request of "
+            f"model.max_context_tokens = {max_context_tokens} takes",
+        )
+    kv_pages = sequences * full_pages
+    if page_bytes:
+        left = budget_bytes - slot_bytes - sequences * sequence_bytes
+        kv_pages = min(kv_pages, left // page_bytes)
+    return PoolSizes(
+        sequences=sequences,
+        state_slots=1 + sequences * SLOTS_PER_SEQUENCE,
+        tail_pages=sequences * TAIL_PAGES_PER_SEQUENCE,
+        kv_pages=kv_pages,
+        kv_page_tokens=page_tokens,
+        state_slot_bytes=slot_bytes,
+        tail_page_bytes=tail_bytes,
+        kv_page_bytes=page_bytes,
+    )
+
+
+def _size_bytes(parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())

@@ -1,0 +1,42 @@
+"""Where an engine runs, and on which kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from stateferry.config import WorkerSection
+from stateferry.core.errors import ConfigError
+from stateferry_kernels.dispatch import BackendUnavailable, select_kernels
+from stateferry_kernels.operations import Kernels
+
+_GPU_BACKEND = "triton"
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def pick_device(worker: WorkerSection) -> tuple[torch.device, Kernels]:
+    """The device and the kernel backend that the settings ask for. Raises ConfigError naming the
+    setting that cannot be had here."""
+    if worker.device not in DEVICES:
+        raise ConfigError("worker.device", f"{worker.device!r} is none of {', '.join(DEVICES)}")
+    if worker.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("worker.device", "this process sees no CUDA device")
+    wants_gpu = worker.device == "cuda" or (worker.device == "auto" and _gpu_serves(worker.kernels))
+    device = torch.device("cuda" if wants_gpu else "cpu")
+    try:
+        kernels = select_kernels(None if worker.kernels == "auto" else worker.kernels, device)
+    except (ValueError, BackendUnavailable) as error:
+        raise ConfigError("worker.kernels", str(error)) from error
+    if wants_gpu and kernels.name == "cpu":
+        raise ConfigError("worker.kernels", "the cpu backend cannot serve worker.device = cuda")
+    return device, kernels
+
+
+def _gpu_serves(kernels: str) -> bool:
+    """Whether ``auto`` means the GPU: there is one, and nothing else but Triton was asked for."""
+    if kernels not in ("auto", _GPU_BACKEND) or not torch.cuda.is_available():
+        return False
+    try:
+        select_kernels(_GPU_BACKEND)
+    except BackendUnavailable:
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""How much memory a worker may take for its sequences when nobody has said so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+# Several workers share a machine, and each of them has weights too.
+RAM_SHARE = 0.25
+# The rest is for activations and for what torch keeps.
+GPU_SHARE = 0.85
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def automatic_budget_bytes(device: torch.device) -> int:
+    """A share of the memory that the machine or its container has, or of what is free on a GPU: ask
+    for it once the weights are loaded."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes * GPU_SHARE)
+    return int(_ram_bytes() * RAM_SHARE)
+
+
+def _ram_bytes() -> int:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = int(_CGROUP_LIMIT.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        # No such file, or "max".
+        return physical
+    return min(physical, limit)
