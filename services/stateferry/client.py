@@ -12,31 +12,52 @@ Failures are ``grpc.aio.AioRpcError``; its code is what docs/ARCHITECTURE.md lis
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
 from stateferry.api.server import open_channel
 from stateferry.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc
 
+# Of one place: token ids and natural logarithms of their probabilities, likeliest first.
+TopLogprobs = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """How to continue a prompt. None leaves the choice to the router."""
+    """How to continue a prompt, as proto/stateferry/v1/inference.proto says in full. None leaves
+    the choice to the router. At most one of ``json_schema``, ``json_object``, ``regex``,
+    ``choices`` and ``grammar`` may be set: what the output has to look like.
+    """
 
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    n: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    include_stop: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool | None = None
     logprobs: int | None = None
+    echo: bool = False
+    prompt_logprobs: int | None = None
+    json_schema: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choices: Sequence[str] = ()
+    grammar: str | None = None
     model: str = ""
     tenant: str = ""
     request_id: str = ""
@@ -45,15 +66,33 @@ class GenerateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Newly generated tokens. ``index`` counts generated tokens from 0; ``text`` may trail ids.
+    """Newly generated tokens of one choice. ``index`` counts generated tokens from 0; ``text`` may
+    trail ids.
 
-    ``logprobs`` has one natural logarithm per id when they were asked for.
+    When they were asked for, ``logprobs`` has one natural logarithm per id, and ``top_logprobs``
+    (id, logarithm) of the likeliest tokens in its place.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """With ``echo``: a part of the prompt, from token ``index`` on; all of its text in the first.
+
+    Logarithms as in Delta, but none for the prompt's first token.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +112,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The end of a stream that went well. ``finish_reason`` is stop or length."""
+    """The end of a choice that went well. ``finish_reason`` is stop or length."""
 
     request_id: str
     finish_reason: str
@@ -86,12 +125,16 @@ class Completion:
     prefill_worker: str
     decode_worker: str
     timings: Timings
+    choice: int = 0
 
     @property
     def tokens_per_s(self) -> float:
         """Rate of the tokens after the first one; 0 when there is none."""
         later = self.completion_tokens - 1
         return later / self.timings.decode_s if later > 0 and self.timings.decode_s > 0 else 0.0
+
+
+Event = Delta | PromptPart | Completion
 
 
 class Client:
@@ -104,16 +147,15 @@ class Client:
 
     async def generate(
         self, prompt: str | Sequence[int], options: GenerateOptions | None = None
-    ) -> AsyncGenerator[Delta | Completion, None]:
-        """Deltas in order, then one Completion. Leaving the loop early cancels the request."""
+    ) -> AsyncGenerator[Event, None]:
+        """Deltas in order, then one Completion; of each choice, if there are several. With echo,
+        the prompt comes before the deltas of choice 0. Leaving the loop early cancels the request.
+        """
         options = options or GenerateOptions()
         call = self._inference.Generate(_request(prompt, options), timeout=options.timeout_s)
         try:
             async for response in call:
-                if response.HasField("delta"):
-                    yield _delta(response.delta)
-                else:
-                    yield _completion(response.completion)
+                yield _event(response)
         finally:
             call.cancel()
 
@@ -161,6 +203,14 @@ def _request(
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            logit_bias=[
+                inference_pb2.LogitBias(token_id=token_id, bias=bias)
+                for token_id, bias in options.logit_bias.items()
+            ],
             seed=options.seed,
         ),
         stop=inference_pb2.StopConditions(
@@ -169,8 +219,14 @@ def _request(
             strings=options.stop,
             token_ids=options.stop_token_ids,
             ignore_eos=options.ignore_eos,
+            include_stop=options.include_stop,
         ),
         logprobs=options.logprobs,
+        n=options.n,
+        echo=options.echo,
+        prompt_logprobs=options.prompt_logprobs,
+        skip_special_tokens=options.skip_special_tokens,
+        guide=_guide(options),
     )
     if isinstance(prompt, str):
         request.text = prompt
@@ -180,9 +236,48 @@ def _request(
     return request
 
 
-def _delta(delta: inference_pb2.Delta) -> Delta:
-    logprobs = tuple(entry.logprob for entry in delta.logprobs)
-    return Delta(delta.index, delta.text, tuple(delta.token_ids), logprobs)
+def _guide(options: GenerateOptions) -> inference_pb2.Guide | None:
+    """Raises ValueError when more than one form is wanted: the wire would carry only one."""
+    forms: dict[str, Any] = {
+        "json_schema": options.json_schema,
+        "json_object": options.json_object or None,
+        "regex": options.regex,
+        "choices": inference_pb2.Choices(texts=options.choices) if options.choices else None,
+        "grammar": options.grammar,
+    }
+    wanted = {name: form for name, form in forms.items() if form is not None}
+    if len(wanted) > 1:
+        raise ValueError(f"only one of {', '.join(wanted)} can be set")
+    return inference_pb2.Guide(**wanted) if wanted else None
+
+
+def _event(response: inference_pb2.GenerateResponse) -> Event:
+    match response.WhichOneof("event"):
+        case "delta":
+            delta = response.delta
+            return Delta(
+                delta.index,
+                delta.text,
+                tuple(delta.token_ids),
+                tuple(entry.logprob for entry in delta.logprobs),
+                _top(delta.logprobs),
+                delta.choice,
+            )
+        case "prompt":
+            part = response.prompt
+            return PromptPart(
+                part.index,
+                part.text,
+                tuple(part.token_ids),
+                tuple(entry.logprob for entry in part.logprobs),
+                _top(part.logprobs),
+            )
+        case _:
+            return _completion(response.completion)
+
+
+def _top(logprobs: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TopLogprobs, ...]:
+    return tuple(tuple((t.token_id, t.logprob) for t in entry.top) for entry in logprobs)
 
 
 def _completion(completion: inference_pb2.Completion) -> Completion:
@@ -210,4 +305,5 @@ def _completion(completion: inference_pb2.Completion) -> Completion:
             decode_s=spent.decode_s,
             total_s=spent.total_s,
         ),
+        choice=completion.choice,
     )

@@ -149,7 +149,7 @@ async def _one_prompt(console: Console, client: Client, address: str, prompt: st
                     ttft_s = ttft_s or time.monotonic() - began_s
                     # Not console.print, which would start a new paragraph for each wrapped piece.
                     print(printable(event.text), end="", flush=True)
-                else:
+                elif isinstance(event, Completion):
                     completion = event
     except grpc.aio.AioRpcError as error:
         print()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable
 
 import pytest
 
+from stateferry.api import answer_codec as answers
 from stateferry.api import inference_codec as codec
 from stateferry.core.errors import InvalidRequest
-from stateferry.core.sampling import FinishReason, SampledToken, TokenLogprob
+from stateferry.core.guide import ANY_JSON_OBJECT, Guide, GuideKind
+from stateferry.core.sampling import FinishReason, Penalties, SampledToken, TokenLogprob
 from stateferry.v1 import inference_pb2 as pb
 
 EOS = 7
@@ -83,10 +86,79 @@ def test_everything_set_arrives() -> None:
     assert client.stop == codec.ClientStop(9, 9, ("é" * 128,), frozenset({3}))
 
 
+def test_sampling_and_answers_arrive() -> None:
+    client = parse(
+        pb.GenerateRequest(
+            text="x",
+            sampling=pb.SamplingParams(
+                min_p=0.25,
+                repetition_penalty=1.5,
+                presence_penalty=-0.5,
+                frequency_penalty=2.0,
+                logit_bias=[pb.LogitBias(token_id=5, bias=-100.0), pb.LogitBias(token_id=2)],
+            ),
+            stop=pb.StopConditions(include_stop=True),
+            guide=pb.Guide(choices=pb.Choices(texts=["é", '"'])),
+            n=16,
+            echo=True,
+            prompt_logprobs=3,
+            skip_special_tokens=False,
+        )
+    )
+    sampling = client.sampling
+    assert sampling.min_p == 0.25
+    assert sampling.penalties == Penalties(1.5, -0.5, 2.0)
+    assert sampling.logit_bias == ((2, 0.0), (5, -100.0))
+    assert sampling.guide == Guide(GuideKind.CHOICES, '["é", "\\""]')
+    assert client.answer == codec.AnswerOptions(16, True, 3, False, True)
+    assert codec.complete_request(client, (1,), LIMITS).prompt_logprobs == 3
+    assert parse(good()).answer == codec.AnswerOptions()
+    assert parse(good()).sampling.penalties == Penalties()
+    assert parse(good()).sampling.guide is None
+
+
+@pytest.mark.parametrize("form", ["json_schema", "regex", "grammar"])
+def test_a_guide_is_taken_as_it_is_written(form: str) -> None:
+    guide = pb.Guide(**{form: " {x} "})  # type: ignore[arg-type]
+    client = parse(pb.GenerateRequest(text="x", guide=guide))
+    assert client.sampling.guide == Guide(GuideKind(form), " {x} ")
+
+
+def test_a_guide_needs_an_end_of_sequence() -> None:
+    limits = dataclasses.replace(LIMITS, eos_token_ids=frozenset())
+    message = pb.GenerateRequest(text="x", guide=pb.Guide(json_object=True))
+    assert parse(message).sampling.guide == ANY_JSON_OBJECT
+    with pytest.raises(InvalidRequest, match="guide: "):
+        codec.parse_generate(message.SerializeToString(), limits)
+
+
+def test_the_largest_request_that_is_allowed_is_allowed() -> None:
+    """Every list full, beside a prompt of the most bytes."""
+    message = pb.GenerateRequest(
+        text="x" * LIMITS.max_prompt_bytes,
+        guide=pb.Guide(choices=pb.Choices(texts=["x" * 120] * 256)),
+        stop=pb.StopConditions(
+            strings=["x" * 256] * 16, token_ids=[LIMITS.vocab_size - 1] * 64, max_tokens=4000
+        ),
+        tenant="t" * 128,
+        request_id="r" * 128,
+    )
+    add_biases(message, *((i, 1.5) for i in range(300)))
+    assert parse(message).prompt == message.text
+
+
 def test_stop_ids_hold_the_models_end_unless_ignored() -> None:
     message = good()
     message.stop.token_ids.append(3)
     assert parse(message).stop.token_ids == {3, EOS}
+
+
+def add_biases(request: pb.GenerateRequest, *biases: tuple[int, float]) -> None:
+    request.sampling.logit_bias.extend(pb.LogitBias(token_id=i, bias=b) for i, b in biases)
+
+
+def set_stop(request: pb.GenerateRequest, **stop: int) -> None:
+    request.stop.MergeFrom(pb.StopConditions(**stop))  # type: ignore[arg-type]
 
 
 EDITS: list[tuple[str, Edit]] = [
@@ -117,6 +189,36 @@ EDITS: list[tuple[str, Edit]] = [
         ("sampling.top_p", lambda r, v=v: setattr(r.sampling, "top_p", v))
         for v in (float("nan"), float("inf"), 0.0, -0.5, 1.01)
     ),
+    *(
+        (f"sampling.{name}", lambda r, name=name, v=v: setattr(r.sampling, name, v))
+        for name, values in {
+            "min_p": (float("nan"), -0.1, 1.1),
+            "repetition_penalty": (float("nan"), float("inf"), 0.0, -1.0, 10.5),
+            "presence_penalty": (float("nan"), -2.1, 2.1),
+            "frequency_penalty": (float("nan"), -2.1, float("inf")),
+        }.items()
+        for v in values
+    ),
+    ("sampling.logit_bias[1].token_id", lambda r: add_biases(r, (1, 0.0), (300, 0.0))),
+    ("sampling.logit_bias[1].token_id", lambda r: add_biases(r, (1, 0.0), (1, 0.0))),
+    ("sampling.logit_bias[0].bias", lambda r: add_biases(r, (1, 100.5))),
+    ("sampling.logit_bias[0].bias", lambda r: add_biases(r, (1, float("nan")))),
+    ("sampling.logit_bias", lambda r: add_biases(r, *[(1, 0.0)] * 1025)),
+    ("n", lambda r: setattr(r, "n", 0)),
+    ("n", lambda r: setattr(r, "n", 17)),
+    ("n", lambda r: (setattr(r, "n", 2), setattr(r.sampling, "temperature", 0.0))),
+    ("prompt_logprobs", lambda r: setattr(r, "prompt_logprobs", 0)),
+    ("prompt_logprobs", lambda r: (setattr(r, "echo", True), setattr(r, "prompt_logprobs", 21))),
+    ("guide", lambda r: r.guide.SetInParent()),
+    ("guide.json_object", lambda r: setattr(r.guide, "json_object", False)),
+    ("guide.json_schema", lambda r: setattr(r.guide, "json_schema", "")),
+    ("guide.regex", lambda r: setattr(r.guide, "regex", "é" * (1 << 14) + "x")),
+    ("guide.choices.texts", lambda r: r.guide.choices.SetInParent()),
+    ("guide.choices.texts", lambda r: r.guide.choices.texts.extend("x" * 257)),
+    ("guide.choices.texts[1]", lambda r: r.guide.choices.texts.extend(["x", ""])),
+    ("guide.choices", lambda r: r.guide.choices.texts.append("x" * (1 << 15))),
+    ("stop.min_tokens", lambda r: (setattr(r.guide, "regex", "a"), set_stop(r, min_tokens=1))),
+    ("stop.ignore_eos", lambda r: (setattr(r.guide, "regex", "a"), set_stop(r, ignore_eos=True))),
     ("sampling.top_k", lambda r: setattr(r.sampling, "top_k", 301)),
     ("logprobs", lambda r: setattr(r, "logprobs", 21)),
     ("request_id", lambda r: setattr(r, "request_id", "a b")),
@@ -161,11 +263,15 @@ WIRE = [
     ("request", b"\x00\x00"),
     ("request", chunk(3, b"hi") + b"\x98\x06\x01"),
     ("stop", chunk(3, b"hi") + chunk(6, b"\x48\x01")),
-    ("sampling", chunk(3, b"hi") + chunk(5, b"\x28\x01")),
+    ("sampling", chunk(3, b"hi") + chunk(5, b"\x78\x01")),
     ("token_ids", chunk(4, chunk(1, b"\x01") + b"\x10\x01")),
     # Known numbers with a value of another type.
     ("request_id", b"\x08\x01" + chunk(3, b"hi")),
     ("stop.max_tokens", chunk(3, b"hi") + chunk(6, chunk(1, b"xx"))),
+    ("guide.regex", chunk(3, b"hi") + chunk(9, chunk(3, BAD_UTF8))),
+    ("guide.choices", chunk(3, b"hi") + chunk(9, chunk(4, b"\x10\x01"))),
+    ("sampling.min_p", chunk(3, b"hi") + chunk(5, b"\x28\x01")),
+    ("sampling.logit_bias", chunk(3, b"hi") + chunk(5, chunk(9, b"\x18\x01"))),
 ]
 
 
@@ -251,28 +357,31 @@ def test_the_context_can_be_filled_exactly() -> None:
 
 
 def test_deltas_carry_logprobs_only_when_there_are_any() -> None:
-    plain = codec.Delta(3, "ab", (SampledToken(1), SampledToken(2)))
-    delta = pb.GenerateResponse.FromString(codec.delta_to_bytes(plain)).delta
+    plain = answers.Delta(3, "ab", (SampledToken(1), SampledToken(2)))
+    delta = pb.GenerateResponse.FromString(answers.delta_to_bytes(plain)).delta
     assert (delta.index, delta.text, list(delta.token_ids)) == (3, "ab", [1, 2])
     assert not delta.logprobs
     rich = SampledToken(1, -0.5, (TokenLogprob(1, -0.5), TokenLogprob(9, -2.0)))
-    delta = pb.GenerateResponse.FromString(codec.delta_to_bytes(codec.Delta(0, "", (rich,)))).delta
+    delta = pb.GenerateResponse.FromString(
+        answers.delta_to_bytes(answers.Delta(0, "", (rich,)))
+    ).delta
     assert [lp.logprob for lp in delta.logprobs] == [-0.5]
     assert [(t.token_id, t.logprob) for t in delta.logprobs[0].top] == [(1, -0.5), (9, -2.0)]
 
 
 def test_completions_carry_every_field() -> None:
-    completion = codec.Completion(
+    completion = answers.Completion(
         request_id="r",
         finish_reason=FinishReason.STOP,
         matched_stop="END",
         seed=2**64 - 1,
-        usage=codec.Usage(1, 2, 3, 4),
-        timings=codec.Timings(1.0, 2.0, 3.0, 4.0, 5.0, 6, "ucx", 7.0, 8.0),
+        usage=answers.Usage(1, 2, 3, 4),
+        timings=answers.Timings(1.0, 2.0, 3.0, 4.0, 5.0, 6, "ucx", 7.0, 8.0),
         prefill_worker="p@1",
         decode_worker="d@2",
+        choice=3,
     )
-    response = pb.GenerateResponse.FromString(codec.completion_to_bytes(completion))
+    response = pb.GenerateResponse.FromString(answers.completion_to_bytes(completion))
     sent = {field.name for field, _ in response.completion.ListFields()}
     assert sent == set(pb.Completion.DESCRIPTOR.fields_by_name)
     for part in (response.completion.usage, response.completion.timings):
@@ -280,6 +389,6 @@ def test_completions_carry_every_field() -> None:
 
 
 def test_models_carry_every_field() -> None:
-    listing = codec.ModelListing("tiny", 1, 2, 3, 4, 5)
-    [model] = pb.ListModelsResponse.FromString(codec.models_to_bytes([listing])).models
+    listing = answers.ModelListing("tiny", 1, 2, 3, 4, 5)
+    [model] = pb.ListModelsResponse.FromString(answers.models_to_bytes([listing])).models
     assert len(model.ListFields()) == len(pb.Model.DESCRIPTOR.fields)

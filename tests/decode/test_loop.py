@@ -19,7 +19,7 @@ from stateferry.core.sampling import FinishReason, SamplingParams, StopCondition
 from stateferry.decode.loop import DecodeLoop
 from stateferry.scheduler.decode import DecodeScheduler
 from support.scripted_runner import Gate, NullMeter, ScriptedRunner
-from support.small_cache import small_cache
+from support.small_cache import KV, small_cache
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Bench:
 
     async def run(self, name: str, max_tokens: int = 4) -> list[int]:
         """Indices of the tokens of one request, from admission to its end."""
-        self.loop.admit(name)
+        self.loop.admit(name, 10)
         try:
             await self.loop.reserved(name)
             stop = StopConditions(max_tokens, 0, frozenset())
@@ -49,7 +49,7 @@ class Bench:
 
 @pytest_asyncio.fixture
 async def bench() -> AsyncIterator[Bench]:
-    cache, runner = small_cache(), ScriptedRunner()
+    cache, runner = small_cache(kv=KV), ScriptedRunner()
     with ThreadPoolExecutor(1) as executor:
         loop = DecodeLoop(
             DecodeScheduler(cache, max_waiting=3),
@@ -65,7 +65,8 @@ async def bench() -> AsyncIterator[Bench]:
         with contextlib.suppress(asyncio.CancelledError):
             await running
     assert not loop._streams and not loop._reserving, "the loop still holds requests"
-    assert cache.state_slots.free == cache.state_slots.total
+    for count in (cache.state_slots, cache.tail_pages, cache.kv_pages):
+        assert count.free == count.total
 
 
 async def entered(gate: Gate) -> None:
@@ -131,11 +132,11 @@ async def test_cancel_while_waiting_for_memory(bench: Bench) -> None:
 
 async def test_the_queue_is_bounded_and_a_refusal_holds_nothing(bench: Bench) -> None:
     for name in "abcde":
-        bench.loop.admit(name)
+        bench.loop.admit(name, 10)
     with pytest.raises(Overloaded):
-        bench.loop.admit("f")
+        bench.loop.admit("f", 10)
     with pytest.raises(InvariantViolation, match="twice"):
-        bench.loop.admit("a")
+        bench.loop.admit("a", 10)
     for name in "abcde":
         bench.loop.abort(name)
     assert bench.slots_free == 4

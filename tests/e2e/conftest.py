@@ -19,7 +19,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", chunk_size=GRID)
 
 
-def new_cluster(model_dir: Path, *, prefill: int = 1, decode: int = 1) -> LocalCluster:
+def new_cluster(
+    model_dir: Path, *, prefill: int = 1, decode: int = 1, **settings: object
+) -> LocalCluster:
+    """``settings`` are keys of the configuration, with ``__`` for the dot."""
     config = load_config(
         overrides={
             "model.dir": str(model_dir),
@@ -27,7 +30,8 @@ def new_cluster(model_dir: Path, *, prefill: int = 1, decode: int = 1) -> LocalC
             "router.port": 0,
             "worker.max_requests": 24,
             "worker.extend_budget_tokens": 128,
-        },
+        }
+        | {key.replace("__", "."): value for key, value in settings.items()},
         environ={},
     )
     return LocalCluster(config, prefill=prefill, decode=decode)

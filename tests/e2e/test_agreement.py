@@ -4,76 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import pytest
 
-from stateferry.client import Client, Completion, Delta, GenerateOptions
+from e2e.asking import ask
+from e2e.conftest import GRID, new_cluster
+from stateferry.client import Client, Completion, GenerateOptions
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.local import LocalCluster
+from stateferry.worker.parts import EngineParts
 from support.local_engine import local_engine
 from support.pools import wait_until_idle
+from support.random_requests import random_requests
+from support.tiny_hybrid import ARCHITECTURES, write_tiny_hybrid
 from support.tiny_model import EOS_ID
 
-GRID = 32
 EOS = frozenset({EOS_ID})
 EDGES = (1, 2, 3, 4, GRID - 1, GRID, GRID + 1, 2 * GRID, 5 * GRID + 3)
 
 
-def random_requests(count: int, seed: int) -> list[GenerationRequest]:
-    rng = random.Random(seed)
-    requests = []
-    for number in range(count):
-        length = rng.choice(EDGES) if rng.random() < 0.5 else rng.randint(1, 300)
-        requests.append(
-            GenerationRequest(
-                request_id=f"agree-{seed}-{number}",
-                prompt_ids=tuple(rng.randrange(3, 259) for _ in range(length)),
-                sampling=SamplingParams(
-                    temperature=rng.choice([0.0, 0.0, 0.8, 1.3]),
-                    top_k=rng.choice([0, 20]),
-                    top_p=rng.choice([1.0, 0.9]),
-                    seed=rng.getrandbits(64),
-                    logprobs=0,
-                ),
-                stop=StopConditions(rng.choice([1, 2, 17, 40]), 0, frozenset({EOS_ID})),
-            )
-        )
-    return requests
+@pytest.fixture(scope="module", params=["Mamba2", *ARCHITECTURES])
+def pair(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, LocalCluster]]:
+    """A model and a cluster that serves it."""
+    model_dir = tiny_model
+    if request.param != "Mamba2":
+        model_dir = write_tiny_hybrid(tmp_path_factory.mktemp("model") / "tiny", request.param)
+    with new_cluster(model_dir) as running:
+        yield model_dir, running
+        assert running.deaths == ()
 
 
-async def ask(
-    client: Client, request: GenerationRequest
-) -> tuple[list[int], list[float], Completion]:
-    sampling, ids, logprobs = request.sampling, [], []
-    options = GenerateOptions(
-        max_tokens=request.stop.max_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        logprobs=0,
-        request_id=request.request_id,
-        timeout_s=60,
-    )
-    completion: Completion | None = None
-    async for event in client.generate(request.prompt_ids, options):
-        if isinstance(event, Delta):
-            if event.token_ids:
-                assert event.index == len(ids), "a gap or a repetition in the stream"
-            ids += event.token_ids
-            logprobs += event.logprobs
-        else:
-            completion = event
-    assert completion is not None
-    return ids, logprobs, completion
-
-
-async def test_200_requests_16_at_a_time(cluster: LocalCluster, tiny_model: Path) -> None:
-    requests = random_requests(200, seed=1)
-    engine, parts = local_engine(tiny_model)
+async def test_200_requests_16_at_a_time(pair: tuple[Path, LocalCluster]) -> None:
+    model_dir, cluster = pair
+    requests = random_requests(200, seed=1, lengths=EDGES)
+    engine, parts = local_engine(model_dir)
     expected = await asyncio.to_thread(engine.generate, requests)
     parts.cache.check_conserved()
     gate = asyncio.Semaphore(16)
@@ -95,19 +65,9 @@ async def test_200_requests_16_at_a_time(cluster: LocalCluster, tiny_model: Path
             assert completion.completion_tokens == len(ids)
             if len(ids) > 1:
                 handed_off += 1
-                check_handoff(completion, request.prompt_len)
-
-        def check_handoff(completion: Completion, prompt_len: int) -> None:
-            assert completion.timings.transport == "ucx"
-            assert completion.timings.handoff_bytes == state_bytes(prompt_len)
-            assert completion.decode_worker
-
-        def state_bytes(prompt_len: int) -> int:
-            """The size of a state from its geometry alone."""
-            g = parts.cache.pool.geometry
-            state = g.nheads * g.headdim * g.dstate * 4 + g.conv_dim * (g.d_conv - 1) * 4
-            row = 4 * (g.conv_dim + g.nheads * g.headdim + g.ngroups * g.dstate + g.nheads)
-            return g.num_layers * (state * (prompt_len >= GRID) + row * (prompt_len % GRID))
+                assert completion.timings.transport == "ucx"
+                assert completion.timings.handoff_bytes == handoff_bytes(parts, request.prompt_len)
+                assert completion.decode_worker
 
         async with asyncio.TaskGroup() as group:
             for request in requests:
@@ -116,14 +76,24 @@ async def test_200_requests_16_at_a_time(cluster: LocalCluster, tiny_model: Path
     assert handed_off > 100, "too few hand-offs to mean anything"
 
 
+def handoff_bytes(parts: EngineParts, prompt_len: int) -> int:
+    """The size of a sequence's state from the geometries alone."""
+    pools = parts.cache.pools
+    g, kv = pools.states.geometry, pools.kv.geometry
+    state = g.nheads * g.headdim * g.dstate * 4 + g.conv_dim * (g.d_conv - 1) * 4
+    row = 4 * (g.conv_dim + g.nheads * g.headdim + g.ngroups * g.dstate + g.nheads)
+    recurrent = g.num_layers * (state * (prompt_len >= GRID) + row * (prompt_len % GRID))
+    return recurrent + kv.num_layers * 2 * kv.kv_heads * kv.head_dim * 4 * prompt_len
+
+
 async def test_same_seed_same_tokens_in_any_company(cluster: LocalCluster) -> None:
-    [request] = random_requests(1, seed=5)
+    [request] = random_requests(1, seed=5, lengths=EDGES)
     request = GenerationRequest(
         "solo", request.prompt_ids, SamplingParams(1.0, 0, 1.0, 42, 0), request.stop
     )
     async with Client(cluster.router_address) as client:
         alone = await ask(client, request)
-        crowd = [ask(client, other) for other in random_requests(10, seed=6)]
+        crowd = [ask(client, other) for other in random_requests(10, seed=6, lengths=EDGES)]
         again = GenerationRequest("again", request.prompt_ids, request.sampling, request.stop)
         together, *_ = await asyncio.gather(ask(client, again), *crowd)
     assert alone[:2] == together[:2]

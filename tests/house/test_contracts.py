@@ -27,15 +27,17 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "models": (f"core {KERNELS}", "torch safetensors numpy"),
     "cache": (f"core prefix {KERNELS}", "torch"),
-    "engine": (f"core cache models {KERNELS}", "torch"),
+    # llguidance brings neither torch nor a model: routers check guides with it.
+    "guided": ("core", "llguidance numpy"),
+    "engine": (f"core cache models guided {KERNELS}", "torch numpy"),
     "scheduler": ("core prefix", ""),
     "transfer": ("core", "torch numpy google_crc32c"),
     "api": ("core v1", "grpc grpc_health grpc_reflection google"),
     "telemetry": ("core", "prometheus_client"),
-    "router": ("core config prefix api telemetry v1", "grpc grpc_health google tokenizers"),
+    "router": ("core config prefix api telemetry v1 guided", "grpc grpc_health google tokenizers"),
     # What prefill and decode share.
     "worker": (
-        f"core config api telemetry v1 models cache engine scheduler transfer {KERNELS}",
+        f"core config api telemetry v1 models cache engine guided scheduler transfer {KERNELS}",
         "grpc torch",
     ),
     "prefill": (
@@ -66,7 +68,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
 }
 
 # Module -> third party that only this module may import.
-EXCLUSIVE = {"transfer/ucx.py": "ucxx", "ray_app.py": "ray"}
+EXCLUSIVE = {
+    "transfer/ucx.py": "ucxx",
+    "ray_app.py": "ray",
+    "models/hub.py": "huggingface_hub",
+}
 
 # The scheduler decides: it neither waits nor looks at a clock or another machine.
 SCHEDULER_FORBIDDEN = {"asyncio", "time", "datetime", "socket", "threading", "os", "random"}

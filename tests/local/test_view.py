@@ -8,7 +8,9 @@ import time
 from rich.console import Console
 
 from stateferry.local.child import Death
+from stateferry.local.tables import memory_table
 from stateferry.local.view import ClusterView
+from stateferry.v1 import membership_pb2
 
 LOADING = "2026-11-23T20:18:18.541Z INFO  decode-0 wiring: loading tiny: 20 % of 0.3 MB"
 DEATH = Death("decode-0", 12, -9, ("one", "two\x1b[2J"))
@@ -60,3 +62,40 @@ def test_causes_of_death_have_names() -> None:
     assert Death("x", 1, 3, ()).cause == "exit code 3"
     assert Death("x", 1, -6, ()).cause == "killed by SIGABRT"
     assert Death("x", 1, -63, ()).cause == "killed by signal 63"
+
+
+def test_memory_is_shown_by_pool() -> None:
+    pools = membership_pb2.PoolSizes(
+        sequences=4,
+        state_slots=9,
+        tail_pages=4,
+        kv_pages=100,
+        kv_page_tokens=64,
+        state_slot_bytes=1000,
+        tail_page_bytes=500,
+        kv_page_bytes=2000,
+    )
+    load = membership_pb2.WorkerLoad(
+        state_slots_free=6,
+        state_slots_total=8,
+        tail_pages_free=3,
+        tail_pages_total=4,
+        kv_pages_free=30,
+        kv_pages_total=100,
+    )
+    description = membership_pb2.WorkerDescription(worker_id="decode-0", pools=pools)
+    pure = membership_pb2.WorkerDescription(worker_id="pure-0")
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(
+        memory_table(
+            [
+                membership_pb2.WorkerStatus(description=description, load=load),
+                membership_pb2.WorkerStatus(description=pure),
+            ]
+        )
+    )
+    lines = console.export_text().splitlines()
+    [row] = [line.split() for line in lines if line.startswith("decode-0")]
+    assert " ".join(row[1:]) == ("2/8 of 1.0 kB 1/4 of 500 bytes 70/100 of 2.0 kB 211.0 kB")
+    [row] = [line.split() for line in lines if line.startswith("pure-0")]
+    assert row[1:4] == ["-", "-", "-"]

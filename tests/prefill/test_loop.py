@@ -20,7 +20,7 @@ from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.prefill.loop import PrefillLoop
 from stateferry.scheduler.prefill import PrefillScheduler
 from support.scripted_runner import Gate, NullMeter, ScriptedRunner
-from support.small_cache import GRID, small_cache
+from support.small_cache import GRID, KV, small_cache
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Bench:
 
 @pytest_asyncio.fixture
 async def bench() -> AsyncIterator[Bench]:
-    cache, runner = small_cache(), ScriptedRunner()
+    cache, runner = small_cache(kv=KV), ScriptedRunner()
     scheduler = PrefillScheduler(cache, grid=GRID, budget_tokens=4 * GRID, max_waiting=3)
     with ThreadPoolExecutor(1) as executor:
         loop = PrefillLoop(
@@ -64,6 +64,7 @@ async def bench() -> AsyncIterator[Bench]:
         with contextlib.suppress(asyncio.CancelledError):
             await running
     assert not loop._pending, "the loop still holds prompts"
+    assert cache.kv_pages.free == cache.kv_pages.total
 
 
 async def entered(gate: Gate) -> None:

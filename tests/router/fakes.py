@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,7 +21,9 @@ from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.ticket import Ticket, TicketSigner
-from stateferry.core.worker import PoolCount, WorkerDescription, WorkerLoad
+from stateferry.core.worker import PoolCount, PoolSizes, WorkerDescription, WorkerLoad
+from stateferry.guided.compiler import GuideCompiler
+from stateferry.router.guides import GuideGate
 from stateferry.router.main import Router, build_router
 from stateferry.router.model_info import ModelInfo
 from stateferry.router.observer import NoObserver
@@ -70,6 +74,13 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Tokenizer:
     return Tokenizer(raw)
 
 
+def guide_gate(tokenizer: Tokenizer) -> GuideGate:
+    """Guides for ``tokenizer``; llguidance reads it from a file."""
+    folder = Path(tempfile.mkdtemp(prefix="stateferry-guides-"))
+    tokenizer._tokenizer.save(str(folder / "tokenizer.json"))
+    return GuideGate(GuideCompiler(folder / "tokenizer.json", VOCAB_SIZE, frozenset({EOS})))
+
+
 def description(
     role: Role,
     worker_id: str = "",
@@ -79,7 +90,9 @@ def description(
     capacity: int = 8,
     max_context_tokens: int = 4096,
     fingerprint: Fingerprint = FINGERPRINT,
+    kv_pages: int = 0,
 ) -> WorkerDescription:
+    """``kv_pages`` of 16 tokens; 0: a model without attention."""
     return WorkerDescription(
         key=WorkerKey(worker_id or f"{role.value}-0", incarnation),
         role=role,
@@ -91,11 +104,15 @@ def description(
         max_context_tokens=max_context_tokens,
         vocab_size=VOCAB_SIZE,
         kernels="torch",
+        pools=PoolSizes(
+            capacity, 1 + 2 * capacity, capacity, kv_pages, 16, 9, 9, 9 * (kv_pages > 0)
+        ),
     )
 
 
 def load(sequence: int, active: int = 0, queued_tokens: int = 0) -> WorkerLoad:
-    return WorkerLoad(sequence, active, 0, queued_tokens, PoolCount(1, 2), PoolCount(1, 2))
+    pool, no_pages = PoolCount(1, 2), PoolCount(0, 0)
+    return WorkerLoad(sequence, active, 0, queued_tokens, pool, pool, no_pages)
 
 
 def out(token_id: int) -> worker_pb2.OutputToken:
@@ -233,7 +250,9 @@ async def fake_cluster(
         environ={},
     )
     tokenizer = byte_tokenizer()
-    router: Router = build_router(config, MODEL, tokenizer, SystemClock(), NoObserver())
+    router: Router = build_router(
+        config, MODEL, tokenizer, guide_gate(tokenizer), SystemClock(), NoObserver()
+    )
     cluster.router = router
     cluster.server = await start_server("127.0.0.1", 0, router.register)
     watching = asyncio.create_task(router.watch.run(router.admission))

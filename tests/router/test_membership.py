@@ -9,6 +9,7 @@ import pytest
 from router.fakes import FINGERPRINT, FakeClock, description, load
 from stateferry.core.errors import HandshakeMismatch, Overloaded, Refused
 from stateferry.core.ids import Role
+from stateferry.core.worker import PoolCount
 from stateferry.router import membership
 from stateferry.router.membership import Change, ChangeKind, WorkerRegistry
 
@@ -79,7 +80,7 @@ def test_another_protocol_is_refused(registry: WorkerRegistry) -> None:
 
 def test_a_life_on_a_new_stream_keeps_its_requests(registry: WorkerRegistry) -> None:
     old = registry.join(DECODE)
-    dispatch = registry.dispatch(DECODE, tokens=10)
+    dispatch = registry.dispatch(DECODE, 10, 10)
     registry.join(DECODE)
     registry.leave(old)
     [view] = registry.views(Role.DECODE)
@@ -126,9 +127,9 @@ def test_busy_counts_ours_from_dispatch_and_others_from_reports(registry: Worker
 
     def busy() -> tuple[int, int, bool]:
         view = registry.views(Role.PREFILL)[0]
-        return view.busy_requests, view.busy_tokens, view.has_room
+        return view.busy_requests, view.busy_tokens, view.has_room(1)
 
-    first, second = registry.dispatch(worker, 100), registry.dispatch(worker, 50)
+    first, second = registry.dispatch(worker, 100, 100), registry.dispatch(worker, 50, 50)
     assert busy() == (2, 150, True)
     # The report shows our two and two of another router.
     registry.report(registration, load(1, active=4, queued_tokens=170))
@@ -144,11 +145,33 @@ def test_busy_counts_ours_from_dispatch_and_others_from_reports(registry: Worker
     assert busy() == (0, 0, True)
 
 
+def test_kv_pages_count_from_dispatch_and_others_from_reports(registry: WorkerRegistry) -> None:
+    registration = registry.join(description(Role.DECODE, kv_pages=10))
+    worker = registry.views(Role.DECODE)[0].description
+
+    def busy() -> tuple[int, bool, bool]:
+        """Pages of 16 tokens; whether 32 and 33 more tokens have room."""
+        view = registry.views(Role.DECODE)[0]
+        return view.busy_kv_pages, view.has_room(32), view.has_room(33)
+
+    first, second = registry.dispatch(worker, 1, 33), registry.dispatch(worker, 1, 80)
+    assert busy() == (8, True, False)
+    # The report shows our eight and another router's one.
+    report = dataclasses.replace(load(1), kv_pages=PoolCount(free=1, total=10))
+    registry.report(registration, report)
+    assert busy() == (9, False, False)
+    second.release()
+    assert busy() == (4, True, True)
+    registry.report(registration, dataclasses.replace(report, sequence=2))
+    first.release()
+    assert busy() == (6, True, True)
+
+
 def test_releasing_after_the_worker_went_is_harmless(
     registry: WorkerRegistry, changes: list[Change]
 ) -> None:
     registration = registry.join(DECODE)
-    dispatch = registry.dispatch(DECODE, 1)
+    dispatch = registry.dispatch(DECODE, 1, 1)
     registry.leave(registration)
     registry.join(description(Role.DECODE, incarnation=2))
     dispatch.release()

@@ -74,7 +74,7 @@ async def test_join_report_list_leave() -> None:
         await call.write(beat(1, active=3))
         registry = cluster.router.registry
         await cluster.until(lambda: registry.views(Role.DECODE)[0].load is not None)
-        dispatch = registry.dispatch(DECODE, 5)
+        dispatch = registry.dispatch(DECODE, 5, 5)
         [worker] = (await stub_of(cluster).ListWorkers(membership_pb2.ListWorkersRequest())).workers
         assert worker_codec.description_from_pb(worker.description) == DECODE
         assert worker_codec.load_from_pb(worker.load) == load(1, 3)

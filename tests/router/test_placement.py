@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 
 from router.fakes import FINGERPRINT, description
+from stateferry.core.errors import InvalidRequest, NoWorker
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import Role
 from stateferry.router.membership import WorkerView
@@ -25,6 +26,8 @@ def view(
     capacity: int = 4,
     context: int = 4096,
     fingerprint: Fingerprint = FINGERPRINT,
+    kv_pages: int = 0,
+    busy_kv_pages: int = 0,
 ) -> WorkerView:
     worker = description(
         role,
@@ -32,8 +35,9 @@ def view(
         capacity=capacity,
         max_context_tokens=context,
         fingerprint=fingerprint,
+        kv_pages=kv_pages,
     )
-    return WorkerView(worker, None, requests, requests, tokens, 0.0)
+    return WorkerView(worker, None, requests, requests, tokens, busy_kv_pages, 0.0)
 
 
 def prefill(number: int, **values: object) -> WorkerView:
@@ -102,10 +106,34 @@ def test_a_worker_with_a_short_context_is_passed_over() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    assert "prefill" in (what_is_missing([], [decode(0)], NEED) or "")
-    assert "decode" in (what_is_missing([prefill(0)], [], NEED) or "")
-    assert "20 tokens" in (what_is_missing([prefill(0)], [decode(0, context=19)], NEED) or "")
-    assert "fingerprints" in (
-        what_is_missing([prefill(0)], [decode(0, fingerprint=OTHER)], NEED) or ""
-    )
+    assert "prefill" in str(what_is_missing([], [decode(0)], NEED))
+    assert "decode" in str(what_is_missing([prefill(0)], [], NEED))
+    unequal = what_is_missing([prefill(0)], [decode(0, fingerprint=OTHER)], NEED)
+    assert isinstance(unequal, NoWorker) and "fingerprints" in str(unequal)
     assert what_is_missing([prefill(0)], [decode(0)], NEED) is None
+
+
+def test_what_no_worker_can_ever_hold_is_the_clients_fault() -> None:
+    for prefills, decodes in (
+        ([prefill(0)], [decode(0, context=19), decode(1, context=18)]),
+        ([prefill(0, context=19)], [decode(0)]),
+    ):
+        error = what_is_missing(prefills, decodes, NEED)
+        assert isinstance(error, InvalidRequest) and error.field == "stop.max_tokens"
+        assert "20" in str(error) and "19 tokens" in str(error)
+
+
+def test_kv_pages_are_room_too() -> None:
+    """20 tokens are two pages of 16 on decode; their prompt of 10 is one on prefill."""
+    full = decode(0, kv_pages=8, busy_kv_pages=7)
+    roomy = decode(1, requests=3, kv_pages=8, busy_kv_pages=6)
+    assert ids([prefill(0)], [full, roomy]) == [("prefill-0", "decode-1")]
+    assert place([prefill(0)], [full], NEED, 0) is None
+    assert what_is_missing([prefill(0)], [full], NEED) is None
+    # A model without attention is never short of pages.
+    assert ids([prefill(0)], [decode(0)]) == [("prefill-0", "decode-0")]
+
+
+def test_a_prefill_worker_holds_the_prompt_alone() -> None:
+    assert ids([prefill(0, kv_pages=8, busy_kv_pages=7)], [decode(0)])
+    assert not ids([prefill(0, kv_pages=8, busy_kv_pages=8)], [decode(0)])

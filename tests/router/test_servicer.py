@@ -128,6 +128,33 @@ async def test_a_stop_string_cuts_the_text_and_frees_decode() -> None:
         assert cluster.decode.num_cancelled == 1
 
 
+async def test_what_ended_the_text_stays_in_it_on_request() -> None:
+    decode = then(tokens(1, list(b"xEND")), finished(STOPPED))
+    async with fake_cluster(prefill_well, decode) as cluster:
+        for include, string, expected in ((False, "END", "Ax"), (True, "END", "AxEND")):
+            events = await cluster.call(ask(max_tokens=5, strings=[string], include_stop=include))
+            assert text_of(events) == expected
+            cluster.prefill.sealed.clear()
+        for include, expected in ((False, "AxEN"), (True, "AxEND")):
+            events = await cluster.call(
+                ask(max_tokens=5, token_ids=[ord("D")], include_stop=include)
+            )
+            assert text_of(events) == expected
+            assert events[-1].completion.finish_reason == pb.FINISH_REASON_STOP
+            cluster.prefill.sealed.clear()
+        await cluster.assert_clean()
+
+
+async def test_special_tokens_are_shown_on_request() -> None:
+    decode = then(tokens(1, [EOS, ord("B")]), finished())
+    for skip, expected in ((None, "AB"), (True, "AB"), (False, "A<eos>B")):
+        async with fake_cluster(prefill_well, decode) as cluster:
+            request = ask(max_tokens=3, ignore_eos=True)
+            if skip is not None:
+                request.skip_special_tokens = skip
+            assert text_of(await cluster.call(request)) == expected
+
+
 async def test_a_stop_string_at_token_0_ends_both_calls() -> None:
     async with fake_cluster(prefill_hangs_after_token, decode_well) as cluster:
         events = await cluster.call(ask(strings=["A"]))

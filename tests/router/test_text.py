@@ -15,7 +15,7 @@ from tokenizers import decoders, pre_tokenizers
 from router.fakes import EOS, byte_tokenizer
 from stateferry.core.errors import ModelError
 from stateferry.router.stop_strings import StopMatcher
-from stateferry.router.text import _WINDOW_MAX_TOKENS, Detokenizer, OutputText, Tokenizer
+from stateferry.router.text import _WINDOW_MAX_TOKENS, Detokenizer, OutputText, TextRules, Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SAMPLE = "né 漢字 👩‍👩‍👧 text, and more of it: naïve 🎉🎉 done. "
@@ -196,7 +196,7 @@ def push_all(output: OutputText, ids: bytes) -> tuple[str, str | None, int]:
 
 
 def test_a_stop_string_across_tokens_of_split_characters() -> None:
-    output = OutputText(byte_tokenizer(), [], ["漢字"], 0)
+    output = OutputText(byte_tokenizer(), [], TextRules(("漢字",)))
     assert push_all(output, "ab漢字cd".encode()) == ("ab", "漢字", 8)
 
 
@@ -207,7 +207,7 @@ def test_no_stop_string_before_min_tokens() -> None:
         (5, ("aENDb", "END", 8)),
         (99, ("aENDbENDc", None, 9)),
     ):
-        output = OutputText(byte_tokenizer(), [], ["END"], min_tokens)
+        output = OutputText(byte_tokenizer(), [], TextRules(("END",), min_tokens=min_tokens))
         assert push_all(output, b"aENDbENDc") == expected
 
 

@@ -12,7 +12,7 @@ from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import Role, WorkerKey
-from stateferry.core.worker import PoolCount, WorkerDescription, WorkerLoad
+from stateferry.core.worker import PoolCount, PoolSizes, WorkerDescription, WorkerLoad
 from stateferry.worker.process import serve_until_stopped
 
 DESCRIPTION = WorkerDescription(
@@ -26,8 +26,9 @@ DESCRIPTION = WorkerDescription(
     max_context_tokens=1,
     vocab_size=1,
     kernels="torch",
+    pools=PoolSizes(1, 3, 1, 0, 64, 8, 8, 0),
 )
-LOAD = WorkerLoad(1, 0, 0, 0, PoolCount(1, 1), PoolCount(1, 1))
+LOAD = WorkerLoad(1, 0, 0, 0, PoolCount(1, 1), PoolCount(1, 1), PoolCount(0, 0))
 
 
 class Server:

@@ -1,34 +1,31 @@
-"""The public API's messages: bytes -> validated request, results -> messages.
+"""The public API's requests: bytes -> validated request.
 
-The only place where public pb2 fields are touched. Requests arrive as raw bytes, because a parser
+Together with its neighbours sampling_fields and answer_codec the only place where public pb2 fields
+are touched. Requests arrive as raw bytes, because a parser
 that runs inside gRPC answers INTERNAL without naming a field. Checks go from cheap to dear, and all
 of them come before tokenising or allocating anything; none of their messages repeats the prompt.
 """
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError, Message
 
+from stateferry.api.sampling_fields import num_logprobs, sampling_fields
 from stateferry.api.wire_fault import largest_field, locate_fault, locate_unknown
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.ids import is_request_id, new_request_id
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import (
-    MAX_LOGPROBS,
-    FinishReason,
-    SampledToken,
+    MAX_CHOICES,
     SamplingParams,
     StopConditions,
 )
 from stateferry.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS = 128
-MAX_TEMPERATURE = 100.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
@@ -36,11 +33,6 @@ MAX_STOP_TOKEN_IDS = 64
 _ID_BYTES = 6
 # Room in a message for everything that is not the prompt.
 _OTHER_FIELDS_BYTES = 64 << 10
-
-_FINISH_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +64,19 @@ class ClientStop:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """What the client wants to see: ``num_choices`` continuations of one prompt, that prompt
+    (``echo``), perhaps with log-probabilities (None: without), and special or stopping tokens'
+    texts."""
+
+    num_choices: int = 1
+    echo: bool = False
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ClientRequest:
     """Passed every check that needs no tokeniser. ``prompt`` is text or token ids."""
 
@@ -80,66 +85,7 @@ class ClientRequest:
     prompt: str | tuple[int, ...]
     sampling: SamplingParams
     stop: ClientStop
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New tokens of a stream; ``index`` is that of the first. ``text`` may trail them."""
-
-    index: int
-    text: str
-    tokens: tuple[SampledToken, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens used and saved."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    prefix_tokens: int
-    resumed_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds; the proto says from where to where."""
-
-    queue_s: float
-    prefill_queue_s: float
-    prefill_s: float
-    ttft_s: float
-    handoff_s: float
-    handoff_bytes: int
-    transport: str
-    decode_s: float
-    total_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """How a stream ended that went well."""
-
-    request_id: str
-    finish_reason: FinishReason
-    matched_stop: str
-    seed: int
-    usage: Usage
-    timings: Timings
-    prefill_worker: str
-    decode_worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelListing:
-    """One served model and the live workers that serve it."""
-
-    name: str
-    max_context_tokens: int
-    vocab_size: int
-    grid_tokens: int
-    prefill_workers: int
-    decode_workers: int
+    answer: AnswerOptions
 
 
 def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
@@ -157,8 +103,20 @@ def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
     if message.model and message.model != limits.model:
         raise InvalidRequest("model", f"is not served here; {limits.model} is")
     stop = _stop(message.stop, limits)
-    sampling = _sampling(message, limits)
-    return ClientRequest(request_id, message.tenant, _prompt(message, limits), sampling, stop)
+    sampling = sampling_fields(message, limits.vocab_size)
+    if sampling.guide is not None:
+        _check_guide(message, limits)
+    answer = AnswerOptions(
+        num_choices=_num_choices(message, sampling),
+        echo=message.echo,
+        prompt_logprobs=_prompt_logprobs(message),
+        skip_special_tokens=(
+            message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+        ),
+        include_stop=message.stop.include_stop,
+    )
+    prompt = _prompt(message, limits)
+    return ClientRequest(request_id, message.tenant, prompt, sampling, stop, answer)
 
 
 def complete_request(
@@ -181,65 +139,9 @@ def complete_request(
     if client.stop.min_tokens > max_tokens:
         raise InvalidRequest("stop.min_tokens", f"is more than max_tokens, {max_tokens}")
     stop = StopConditions(max_tokens, client.stop.min_tokens, client.stop.token_ids)
-    return GenerationRequest(client.request_id, prompt_ids, client.sampling, stop)
-
-
-def delta_to_bytes(delta: Delta) -> bytes:
-    """A GenerateResponse with some new tokens."""
-    message = pb.Delta(
-        index=delta.index, text=delta.text, token_ids=[t.token_id for t in delta.tokens]
+    return GenerationRequest(
+        client.request_id, prompt_ids, client.sampling, stop, client.answer.prompt_logprobs
     )
-    for token in delta.tokens:
-        if token.logprob is not None:
-            top = [pb.CandidateLogprob(token_id=t.token_id, logprob=t.logprob) for t in token.top]
-            message.logprobs.add(logprob=token.logprob, top=top)
-    return pb.GenerateResponse(delta=message).SerializeToString()
-
-
-def completion_to_bytes(completion: Completion) -> bytes:
-    """The last GenerateResponse of a stream."""
-    usage, timings = completion.usage, completion.timings
-    message = pb.Completion(
-        request_id=completion.request_id,
-        finish_reason=_FINISH_REASONS[completion.finish_reason],
-        usage=pb.Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            prefix_tokens=usage.prefix_tokens,
-            resumed_tokens=usage.resumed_tokens,
-        ),
-        timings=pb.Timings(
-            queue_s=timings.queue_s,
-            prefill_queue_s=timings.prefill_queue_s,
-            prefill_s=timings.prefill_s,
-            ttft_s=timings.ttft_s,
-            handoff_s=timings.handoff_s,
-            handoff_bytes=timings.handoff_bytes,
-            transport=timings.transport,
-            decode_s=timings.decode_s,
-            total_s=timings.total_s,
-        ),
-        seed=completion.seed,
-        matched_stop=completion.matched_stop,
-        prefill_worker=completion.prefill_worker,
-        decode_worker=completion.decode_worker,
-    )
-    return pb.GenerateResponse(completion=message).SerializeToString()
-
-
-def models_to_bytes(models: Iterable[ModelListing]) -> bytes:
-    """A ListModelsResponse."""
-    response = pb.ListModelsResponse()
-    for model in models:
-        response.models.add(
-            name=model.name,
-            max_context_tokens=model.max_context_tokens,
-            vocab_size=model.vocab_size,
-            grid_tokens=model.grid_tokens,
-            prefill_workers=model.prefill_workers,
-            decode_workers=model.decode_workers,
-        )
-    return response.SerializeToString()
 
 
 def _parse(payload: bytes) -> pb.GenerateRequest:
@@ -291,27 +193,31 @@ def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
         raise InvalidRequest(f"{field}[{index}]", f"is not below the vocabulary's {vocab_size}")
 
 
-def _sampling(message: pb.GenerateRequest, limits: RequestLimits) -> SamplingParams:
-    wanted = message.sampling
-    temperature = wanted.temperature if wanted.HasField("temperature") else 1.0
-    # The comparison is written so that NaN fails it.
-    if not 0.0 <= temperature <= MAX_TEMPERATURE:
-        raise InvalidRequest("sampling.temperature", f"is not in [0, {MAX_TEMPERATURE:g}]")
-    top_p = wanted.top_p if wanted.HasField("top_p") else 1.0
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidRequest("sampling.top_p", "is not in (0, 1]")
-    if wanted.top_k > limits.vocab_size:
-        raise InvalidRequest("sampling.top_k", f"is above the vocabulary's {limits.vocab_size}")
-    logprobs = message.logprobs if message.HasField("logprobs") else None
-    if logprobs is not None and logprobs > MAX_LOGPROBS:
-        raise InvalidRequest("logprobs", f"is above {MAX_LOGPROBS}")
-    return SamplingParams(
-        temperature=math.fabs(temperature),  # -0.0 is greedy like 0.0.
-        top_k=wanted.top_k,
-        top_p=top_p,
-        seed=wanted.seed if wanted.HasField("seed") else secrets.randbits(64),
-        logprobs=logprobs,
-    )
+def _num_choices(message: pb.GenerateRequest, sampling: SamplingParams) -> int:
+    count = message.n if message.HasField("n") else 1
+    if not 1 <= count <= MAX_CHOICES:
+        raise InvalidRequest("n", f"is not in [1, {MAX_CHOICES}]")
+    if count > 1 and not sampling.temperature:
+        raise InvalidRequest("n", "choices of a greedy request would all be the same")
+    return count
+
+
+def _prompt_logprobs(message: pb.GenerateRequest) -> int | None:
+    if not message.HasField("prompt_logprobs"):
+        return None
+    if not message.echo:
+        raise InvalidRequest("prompt_logprobs", "needs echo")
+    return num_logprobs("prompt_logprobs", message.prompt_logprobs)
+
+
+def _check_guide(message: pb.GenerateRequest, limits: RequestLimits) -> None:
+    """A guide must always leave a token to choose."""
+    if message.stop.min_tokens:
+        raise InvalidRequest("stop.min_tokens", "cannot be combined with a guide")
+    if message.stop.ignore_eos:
+        raise InvalidRequest("stop.ignore_eos", "cannot be combined with a guide")
+    if not limits.eos_token_ids:
+        raise InvalidRequest("guide", "this model has no end-of-sequence token to end it with")
 
 
 def _stop(wanted: pb.StopConditions, limits: RequestLimits) -> ClientStop:

@@ -6,25 +6,19 @@ router has validated what clients sent long before.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
+from stateferry.api.sampling_codec import sampling_to_pb
 from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import InvalidRequest, TicketError
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.request import GenerationRequest
-from stateferry.core.sampling import (
-    MAX_LOGPROBS,
-    FinishReason,
-    SampledToken,
-    SamplingParams,
-    StopConditions,
-    TokenLogprob,
-)
-from stateferry.core.worker import PoolCount, WorkerDescription, WorkerLoad
+from stateferry.core.sampling import FinishReason, SampledToken, StopConditions, TokenLogprob
+from stateferry.core.worker import PoolCount, PoolSizes, WorkerDescription, WorkerLoad
 from stateferry.v1 import membership_pb2, worker_pb2
 
 _JOIN = b"join"
@@ -38,33 +32,6 @@ _REASONS = {
     FinishReason.LENGTH: worker_pb2.WORKER_FINISH_REASON_LENGTH,
 }
 _REASONS_BACK = {number: reason for reason, number in _REASONS.items()}
-
-
-def sampling_to_pb(sampling: SamplingParams) -> worker_pb2.WorkerSampling:
-    return worker_pb2.WorkerSampling(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        logprobs=sampling.logprobs,
-    )
-
-
-def sampling_from_pb(message: worker_pb2.WorkerSampling) -> SamplingParams:
-    """Raises InvalidRequest for values that no router of ours sends."""
-    if not 0.0 <= message.temperature < math.inf:
-        raise InvalidRequest("sampling.temperature", f"{message.temperature} is out of range")
-    if not 0.0 < message.top_p <= 1.0:
-        raise InvalidRequest("sampling.top_p", f"{message.top_p} is out of range")
-    if message.logprobs > MAX_LOGPROBS:
-        raise InvalidRequest("sampling.logprobs", f"{message.logprobs} is above {MAX_LOGPROBS}")
-    return SamplingParams(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        seed=message.seed,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-    )
 
 
 def stop_to_pb(stop: StopConditions) -> worker_pb2.WorkerStop:
@@ -91,12 +58,16 @@ def prefill_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_p
         prompt_ids=request.prompt_ids,
         sampling=sampling_to_pb(request.sampling),
         stop=stop_to_pb(request.stop),
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 
 def decode_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_pb2.DecodeRequest:
     return worker_pb2.DecodeRequest(
-        ticket=ticket, sampling=sampling_to_pb(request.sampling), stop=stop_to_pb(request.stop)
+        ticket=ticket,
+        sampling=sampling_to_pb(request.sampling),
+        stop=stop_to_pb(request.stop),
+        seen_prompt_ids=request.seen_prompt_ids,
     )
 
 
@@ -113,6 +84,12 @@ def token_from_pb(message: worker_pb2.OutputToken) -> SampledToken:
         token_id=message.token_id,
         logprob=message.logprob if message.HasField("logprob") else None,
         top=tuple(TokenLogprob(t.token_id, t.logprob) for t in message.top),
+    )
+
+
+def prompt_tokens_event(index: int, tokens: Sequence[SampledToken]) -> worker_pb2.PrefillEvent:
+    return worker_pb2.PrefillEvent(
+        prompt_tokens=worker_pb2.PromptTokens(index=index, tokens=[token_to_pb(t) for t in tokens])
     )
 
 
@@ -155,6 +132,7 @@ def description_to_pb(worker: WorkerDescription) -> membership_pb2.WorkerDescrip
         max_context_tokens=worker.max_context_tokens,
         kernels=worker.kernels,
         vocab_size=worker.vocab_size,
+        pools=membership_pb2.PoolSizes(**dataclasses.asdict(worker.pools)),
     )
 
 
@@ -188,7 +166,14 @@ def description_from_pb(message: membership_pb2.WorkerDescription) -> WorkerDesc
         max_context_tokens=message.max_context_tokens,
         vocab_size=message.vocab_size,
         kernels=message.kernels,
+        pools=_pools_from_pb(message.pools),
     )
+
+
+def _pools_from_pb(message: membership_pb2.PoolSizes) -> PoolSizes:
+    if message.kv_page_bytes and not message.kv_page_tokens:
+        raise InvalidRequest("description.pools.kv_page_tokens", "must be set")
+    return PoolSizes(**{f.name: getattr(message, f.name) for f in dataclasses.fields(PoolSizes)})
 
 
 def join_report(worker: WorkerDescription, key: ClusterKey) -> membership_pb2.WorkerReport:
@@ -221,6 +206,8 @@ def load_to_pb(load: WorkerLoad) -> membership_pb2.WorkerLoad:
         state_slots_total=load.state_slots.total,
         tail_pages_free=load.tail_pages.free,
         tail_pages_total=load.tail_pages.total,
+        kv_pages_free=load.kv_pages.free,
+        kv_pages_total=load.kv_pages.total,
     )
 
 
@@ -232,4 +219,5 @@ def load_from_pb(message: membership_pb2.WorkerLoad) -> WorkerLoad:
         queued_tokens=message.queued_tokens,
         state_slots=PoolCount(message.state_slots_free, message.state_slots_total),
         tail_pages=PoolCount(message.tail_pages_free, message.tail_pages_total),
+        kv_pages=PoolCount(message.kv_pages_free, message.kv_pages_total),
     )

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from stateferry.cli import inspect, roles, talk
+from stateferry.cli import generate, inspect, roles, talk
 from stateferry.core.errors import StateferryError
 
 EXIT_FAILED = 1
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for commands in (roles, talk, inspect):
+for commands in (roles, generate, talk, inspect):
     commands.register(app)
 
 

@@ -23,6 +23,8 @@ RouterAddress = Annotated[
     typer.Option("--router", metavar="HOST:PORT", help="Router to talk to. [from settings]"),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
 
 def read_config(file: Path | None, settings: list[str] | None, **flags: object) -> Config:
     """Settings from all sources. ``flags`` are named ``section__key``; None means not given."""

@@ -11,19 +11,24 @@ from dataclasses import dataclass, field
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import InvariantViolation
-from stateferry.core.request import GenerationRequest
+from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
+from stateferry.engine.prompt_scores import as_scores
+from stateferry.engine.rules import RulesMaker
 from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeScheduler
 from stateferry.scheduler.prefill import PrefillScheduler
 from stateferry.worker.batches import decode_batch, extend_batch
+from stateferry.worker.steering import steered
 
 
 @dataclass(slots=True)
 class Output:
-    """Tokens of one request so far; ``finish_reason`` is set when there will be no more."""
+    """Tokens of one request so far; ``finish_reason`` is set when there will be no more.
+    ``prompt`` holds the prompt's scored tokens, if they were asked for."""
 
     tokens: list[SampledToken] = field(default_factory=list)
+    prompt: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
@@ -35,15 +40,23 @@ class ColocatedEngine:
     """Synchronous: ``submit`` requests, call ``step`` until ``num_unfinished`` is 0."""
 
     def __init__(
-        self, runner: ModelRunner, cache: StateCache, *, grid: int, budget_tokens: int
+        self,
+        runner: ModelRunner,
+        cache: StateCache,
+        rules: RulesMaker,
+        *,
+        grid: int,
+        budget_tokens: int,
     ) -> None:
         self._runner = runner
         self._cache = cache
+        self._rules = rules
         self._prefill = PrefillScheduler(
             cache, grid=grid, budget_tokens=budget_tokens, max_waiting=1 << 30
         )
         self._decode = DecodeScheduler(cache, max_waiting=0)
         self._requests: dict[str, GenerationRequest] = {}
+        self._running: dict[str, Continuation] = {}
         self.outputs: dict[str, Output] = {}
 
     @property
@@ -51,10 +64,19 @@ class ColocatedEngine:
         return len(self._requests)
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; its output grows in ``outputs``."""
-        self._prefill.submit(request.request_id, request.prompt_len)
+        """Queue a request; its output grows in ``outputs``. Blocks while a guide is compiled."""
+        request = steered(request, self._rules)
+        self._prefill.submit(request.request_id, request.prompt_len, request.total_tokens)
         self._requests[request.request_id] = request
         self.outputs[request.request_id] = Output()
+
+    def abort(self, request_id: str) -> None:
+        """Forget an unfinished request, between two steps, and its output so far."""
+        if self._requests.pop(request_id, None) is not None:
+            self._prefill.abort(request_id)
+            self._decode.abort(request_id)
+            self._running.pop(request_id, None)
+            del self.outputs[request_id]
 
     def step(self) -> None:
         """One extend and one decode pass, of whatever is ready."""
@@ -76,9 +98,13 @@ class ColocatedEngine:
         tokens = self._runner.extend(extend_batch(step, self._requests, self._cache))
         for request_id, token in zip(self._prefill.complete(step), tokens, strict=True):
             token = self._trusted(request_id, token)
+            scores = as_scores(self._requests[request_id].scores)
+            if scores is not None:
+                self.outputs[request_id].prompt = scores.result()
             stop = self._requests[request_id].stop
             self._emit(request_id, token, stop.check(token.token_id, 1))
             if request_id in self._requests:
+                self._running[request_id] = self._requests[request_id].continuation
                 self._prefill.hand_over(request_id)
                 self._decode.take_over(request_id, token.token_id, stop)
             else:
@@ -88,8 +114,7 @@ class ColocatedEngine:
         step = self._decode.schedule()
         if step is None:
             return
-        running = {row.request_id: self._requests[row.request_id].continuation for row in step.rows}
-        sampled = self._runner.decode(decode_batch(step, running, self._cache))
+        sampled = self._runner.decode(decode_batch(step, self._running, self._cache))
         tokens = {
             row.request_id: self._trusted(row.request_id, token)
             for row, token in zip(step.rows, sampled, strict=True)
@@ -104,6 +129,7 @@ class ColocatedEngine:
         if reason is not None:
             output.finish_reason = reason
             del self._requests[request_id]
+            self._running.pop(request_id, None)
 
     @staticmethod
     def _trusted(request_id: str, token: SampledToken | None) -> SampledToken:

@@ -5,34 +5,59 @@ On a worker, ``request_id`` is the attempt's (``Ticket.attempt_id``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stateferry.core.sampling import SamplingParams, StopConditions
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a decode worker knows of a request: not its prompt, which is folded into the state."""
+    """What a decode worker knows of a request: not its prompt, which is folded into the state.
+
+    ``seen_prompt_ids`` are the prompt's distinct ids, ascending, if a penalty looks at them, else
+    empty. ``rules`` belong to the worker's sampler, which made them; None for most requests.
+    """
 
     request_id: str
     sampling: SamplingParams
     stop: StopConditions
+    seen_prompt_ids: tuple[int, ...] = ()
+    rules: object = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """Immutable input of one request. ``prompt_ids`` is never empty."""
+    """Immutable input of one request. ``prompt_ids`` is never empty.
+
+    ``prompt_logprobs`` None returns none; n those of each prompt token but the first, and of the n
+    likeliest in its place. ``rules`` and ``scores`` belong to the worker's engine, which made them.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     stop: StopConditions
+    prompt_logprobs: int | None = None
+    rules: object = field(default=None, compare=False)
+    scores: object = field(default=None, compare=False)
 
     @property
     def continuation(self) -> Continuation:
         """All but the prompt."""
-        return Continuation(self.request_id, self.sampling, self.stop)
+        seen = self.seen_prompt_ids
+        return Continuation(self.request_id, self.sampling, self.stop, seen, self.rules)
+
+    @property
+    def seen_prompt_ids(self) -> tuple[int, ...]:
+        """As in Continuation."""
+        looked_at = self.sampling.penalties.look_at_prompt
+        return tuple(sorted(set(self.prompt_ids))) if looked_at else ()
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and output together, at most."""
+        return self.prompt_len + self.stop.max_tokens

@@ -60,10 +60,10 @@ class DecodeLoop:
         self._streams: dict[str, _Stream] = {}
         self._wakeup = Wakeup()
 
-    def admit(self, request_id: str) -> None:
-        """Queue for memory, first come first served. Raises Overloaded when too many wait; if not,
-        the caller must ``abort`` the request in the end."""
-        self._scheduler.admit(request_id)
+    def admit(self, request_id: str, held_tokens: int) -> None:
+        """Queue for the memory of so many tokens, first come first served. Raises Overloaded when
+        too many wait; if not, the caller must ``abort`` the request in the end."""
+        self._scheduler.admit(request_id, held_tokens)
         self._reserving[request_id] = asyncio.get_running_loop().create_future()
         self._grant()
 

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from stateferry.api import worker_codec as codec
+from stateferry.api.sampling_codec import sampling_from_pb
 from stateferry.api.status import streams_errors
 from stateferry.core.errors import FrameError, InvalidRequest, StateferryError
 from stateferry.core.handoff import HandoffMeta
@@ -25,12 +26,14 @@ from stateferry.core.request import Continuation
 from stateferry.core.ticket import Ticket, TicketDesk
 from stateferry.decode.intake import take_in
 from stateferry.decode.loop import DecodeLoop
+from stateferry.engine.rules import as_rules
 from stateferry.telemetry.logs import log_request_id
 from stateferry.transfer.receiver import Expectation, HandoffReceiver
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
-from stateferry.worker.limits import check_stop_ids
+from stateferry.worker.limits import check_ids, check_stop_ids
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
+from stateferry.worker.steering import steered_continuation
 from stateferry.worker.waiting import run_to_end
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._loop = loop
         self._cache = parts.cache
         self._limits = parts.limits
+        self._rules = parts.rules
         self._receiver = receiver
         self._meter = meter
         self._seal_timeout_s = seal_timeout_s
@@ -68,8 +72,8 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     ) -> AsyncGenerator[worker_pb2.DecodeEvent, None]:
         ticket = self._desk.admit(request.ticket)
         log_request_id(ticket.request_id)
-        wanted = self._accept(ticket, request)
-        self._loop.admit(wanted.request_id)
+        wanted = await steered_continuation(self._accept(ticket, request), self._rules)
+        self._loop.admit(wanted.request_id, ticket.prompt_len + wanted.stop.max_tokens)
         # Only from here on is there anything of this attempt to give back.
         try:
             await self._loop.reserved(wanted.request_id)
@@ -77,13 +81,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 ticket.attempt_id,
                 ticket.epoch,
                 ticket.prefill,
-                self._cache.pool.max_sequence_bytes(),
+                self._cache.pools.max_sequence_bytes(ticket.prompt_len),
             )
             try:
                 yield worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved())
                 meta = await self._receive(expectation, ticket)
             finally:
                 expectation.cancel()
+            rules = as_rules(wanted.rules)
+            if rules is not None:
+                rules.observe(0, meta.first_token_id)
             async for step in self._loop.decode(wanted, meta.first_token_id):
                 yield codec.tokens_event(step.index, [step.token])
                 if step.finish_reason is not None:
@@ -94,9 +101,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     def _accept(self, ticket: Ticket, request: worker_pb2.DecodeRequest) -> Continuation:
         wanted = Continuation(
             request_id=ticket.attempt_id,
-            sampling=codec.sampling_from_pb(request.sampling),
+            sampling=sampling_from_pb(request.sampling, self._limits.vocab_size),
             stop=codec.stop_from_pb(request.stop),
+            seen_prompt_ids=tuple(request.seen_prompt_ids),
         )
+        check_ids("seen_prompt_ids", wanted.seen_prompt_ids, self._limits)
         check_stop_ids(wanted.stop, self._limits)
         if not 1 < wanted.stop.max_tokens <= ticket.max_tokens:
             raise InvalidRequest("stop.max_tokens", f"not between 2 and {ticket.max_tokens}")

@@ -7,24 +7,38 @@ continued by any worker, in any batch.
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import struct
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from stateferry.core.sampling import SampledToken, TokenLogprob
+from stateferry.core.errors import InvariantViolation
+from stateferry.core.sampling import SampledToken
+from stateferry.engine.draw import draw
 from stateferry.engine.forward_batch import SampleSpec
+from stateferry.engine.logprobs import score
+from stateferry.engine.rules import needs_rules
+
+log = logging.getLogger(__name__)
 
 
 def sample(logits: torch.Tensor, specs: list[SampleSpec]) -> list[SampledToken | None]:
-    """Choose one token per row. logits (num_rows, vocab_size) fp32, not changed.
+    """Choose one token per row. logits (num_rows, vocab_size) fp32, not changed; the rules of specs
+    are told of their choice.
 
-    None stands for a row with a non-finite logit: nothing can be trusted there.
+    None stands for a row with a non-finite logit, where nothing can be trusted, or one whose rules
+    broke.
     """
-    finite = torch.isfinite(logits).all(dim=-1).tolist()
-    return [
-        _sample_row(row, spec) if ok else None
-        for row, spec, ok in zip(logits.unbind(0), specs, finite, strict=True)
-    ]
+    ids, finite = _likeliest_ids(logits)
+    if all(_is_greedy(spec) for spec in specs):
+        return [SampledToken(i) if ok else None for i, ok in zip(ids, finite, strict=True)]
+    tokens: list[SampledToken | None] = []
+    for row, spec, top_id, ok in zip(logits.cpu().numpy(), specs, ids, finite, strict=True):
+        tokens.append(_sample_row(row, top_id, spec) if ok else None)
+    return tokens
 
 
 def uniform(seed: int, index: int) -> float:
@@ -33,40 +47,63 @@ def uniform(seed: int, index: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _sample_row(logits: torch.Tensor, spec: SampleSpec) -> SampledToken:
-    allowed = logits
-    if spec.banned_ids:
-        allowed = logits.clone()
-        allowed[sorted(spec.banned_ids)] = -torch.inf
+def _is_greedy(spec: SampleSpec) -> bool:
+    """Whether the largest logit is all there is to it."""
     params = spec.params
-    token_id = _draw(allowed, spec) if params.temperature else int(allowed.argmax())
-    if params.logprobs is None:
+    return not (
+        params.temperature
+        or params.logprobs is not None
+        or spec.banned_ids
+        or spec.rules is not None
+        or needs_rules(params)
+    )
+
+
+def _likeliest_ids(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Of each row the id of its largest logit, of equals the lowest, and whether all are finite."""
+    if logits.device.type != "cpu":
+        # One trip to the host for all rows.
+        ids, finite = logits.argmax(dim=-1), torch.isfinite(logits).all(dim=-1)
+        return ids.tolist(), finite.tolist()
+    rows = logits.numpy()
+    # Twenty times as fast as torch's, which look at one number at a time.
+    ids = rows.argmax(axis=-1)
+    # A NaN is the argmax where there is one; +inf is as well, and -inf is the minimum.
+    finite = np.isfinite(rows[np.arange(len(ids)), ids]) & np.isfinite(rows.min(axis=-1))
+    return ids.tolist(), finite.tolist()
+
+
+def _sample_row(
+    logits: npt.NDArray[np.float32], top_id: int, spec: SampleSpec
+) -> SampledToken | None:
+    largest = float(logits[top_id])
+    try:
+        token_id = _choose(logits, top_id, spec)
+    except InvariantViolation:
+        # Of this sequence's rules alone: its neighbours must not suffer.
+        log.exception("the rules of one sequence broke at output token %d", spec.index)
+        return None
+    if spec.params.logprobs is None:
         return SampledToken(token_id)
-    logprobs = torch.log_softmax(logits, dim=-1)
-    top: tuple[TokenLogprob, ...] = ()
-    if params.logprobs:
-        values, ids = logprobs.topk(min(params.logprobs, logprobs.shape[0]))
-        top = tuple(
-            TokenLogprob(i, value) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
-        )
-    return SampledToken(token_id, float(logprobs[token_id]), top)
+    return score(logits, largest, token_id, spec.params.logprobs)
 
 
-def _draw(logits: torch.Tensor, spec: SampleSpec) -> int:
-    """Inverse of the cumulative distribution over the kept tokens, likeliest first.
-
-    Double precision, because a single-precision running sum over a large vocabulary would shift the
-    rarest tokens' shares. A stable sort breaks ties by token id.
-    """
+def _choose(logits: npt.NDArray[np.float32], top_id: int, spec: SampleSpec) -> int:
     params = spec.params
-    scaled, ids = (logits.double() / params.temperature).sort(descending=True, stable=True)
-    if params.top_k:
-        scaled, ids = scaled[: params.top_k], ids[: params.top_k]
-    cumulative = torch.softmax(scaled, dim=-1).cumsum(dim=-1)
-    kept = cumulative.shape[0]
-    if params.top_p < 1.0:
-        # Up to and including the token that reaches top_p; at least one.
-        kept = min(kept, int((cumulative < params.top_p).sum()) + 1)
-    target = uniform(params.seed, spec.index) * float(cumulative[kept - 1])
-    position = int((cumulative[:kept] <= target).sum())
-    return int(ids[min(position, kept - 1)])
+    if spec.rules is None and needs_rules(params):
+        raise InvariantViolation("a request's rules were never made")
+    if spec.rules is not None or spec.banned_ids:
+        logits = logits.copy()
+        if spec.rules is not None:
+            spec.rules.apply(logits, spec.index)
+        logits[list(spec.banned_ids)] = -np.inf
+        top_id = int(logits.argmax())
+    largest = float(logits[top_id])
+    if not math.isfinite(largest):
+        raise InvariantViolation("no token is left to choose")
+    token_id = top_id
+    if params.temperature:
+        token_id = draw(logits, largest, params, uniform(params.seed, spec.index))
+    if spec.rules is not None:
+        spec.rules.observe(spec.index, token_id)
+    return token_id

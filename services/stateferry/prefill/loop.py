@@ -61,7 +61,8 @@ class PrefillLoop:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a prompt. Raises Overloaded; if not, the caller must ``abort`` it in the end."""
-        self._scheduler.submit(request.request_id, request.prompt_len)
+        # Token 0 is consumed where it is decoded: only the prompt has to be held here.
+        self._scheduler.submit(request.request_id, request.prompt_len, request.prompt_len)
         done: asyncio.Future[ComputedPrompt] = asyncio.get_running_loop().create_future()
         self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
         self._wakeup.set()

@@ -17,19 +17,23 @@ from typing import Any
 import grpc
 
 from stateferry.api import worker_codec as codec
+from stateferry.api.sampling_codec import prompt_logprobs_from_pb, sampling_from_pb
 from stateferry.api.status import streams_errors
 from stateferry.core.errors import InvalidRequest, StateferryError
 from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
+from stateferry.engine.prompt_scores import as_scores
 from stateferry.prefill.loop import ComputedPrompt, PrefillLoop
+from stateferry.prefill.prompt_events import prompt_events
 from stateferry.telemetry.logs import log_request_id
-from stateferry.transfer.manifest import segment_from_tensor
 from stateferry.transfer.sender import HandoffSender, PushReceipt
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_request
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
+from stateferry.worker.segments import outgoing_segments
+from stateferry.worker.steering import steered_soon
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._loop = loop
         self._cache = parts.cache
         self._limits = parts.limits
+        self._rules = parts.rules
         self._sender = sender
         self._meter = meter
 
@@ -64,7 +69,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
     ) -> AsyncGenerator[worker_pb2.PrefillEvent, None]:
         ticket = self._desk.admit(request.ticket)
         log_request_id(ticket.request_id)
-        wanted = self._accept(ticket, request)
+        wanted = await steered_soon(self._accept(ticket, request), self._rules)
         self._loop.submit(wanted)
         # Only from here on is there anything of this attempt to give back.
         try:
@@ -72,6 +77,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 self._sender.prepare(ticket.transfer_address, ticket.decode)
             computed = await self._loop.computed(wanted.request_id)
             finish = wanted.stop.check(computed.token.token_id, 1)
+            for event in prompt_events(as_scores(wanted.scores)):
+                yield event
             first = self._first_token_event(computed)
             if finish is not None:
                 first.first_token.finish.CopyFrom(codec.finish_to_pb(finish))
@@ -92,8 +99,9 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         wanted = GenerationRequest(
             request_id=ticket.attempt_id,
             prompt_ids=tuple(request.prompt_ids),
-            sampling=codec.sampling_from_pb(request.sampling),
+            sampling=sampling_from_pb(request.sampling, self._limits.vocab_size),
             stop=codec.stop_from_pb(request.stop),
+            prompt_logprobs=prompt_logprobs_from_pb(request),
         )
         if wanted.prompt_len != ticket.prompt_len:
             raise InvalidRequest("prompt_ids", f"{wanted.prompt_len} ids, not {ticket.prompt_len}")
@@ -108,7 +116,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         if ticket.decode is None or ticket.transfer_address is None:
             raise InvalidRequest("ticket", "names no decode worker")
         lease = self._cache.lease(ticket.attempt_id)
-        views = self._cache.pool.sequence_views(lease)
+        views = self._cache.pools.sequence_views(lease)
         try:
             receipt = await self._sender.push(
                 address=ticket.transfer_address,
@@ -116,7 +124,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 request_id=ticket.attempt_id,
                 epoch=ticket.epoch,
                 payload=HandoffMeta(lease.position, first_token_id).encode(),
-                segments=[segment_from_tensor(v.kind, v.layer, v.tensor) for v in views],
+                segments=outgoing_segments(views),
             )
         except StateferryError:
             self._meter.handoff_failed()

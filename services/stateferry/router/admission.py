@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from stateferry.core.clock import Clock
 from stateferry.core.errors import DeadlineExceeded, InvalidRequest, NoWorker, Overloaded
 from stateferry.core.ids import Role
+from stateferry.core.worker import WorkerDescription
 from stateferry.router.membership import Change, ChangeKind, Dispatch, WorkerRegistry, WorkerView
 from stateferry.router.observer import RouterObserver
 from stateferry.router.placement import Need, Placement, place, what_is_missing
@@ -26,7 +27,7 @@ _MAKES_ROOM = {ChangeKind.JOINED, ChangeKind.REPORTED, ChangeKind.RELEASED}
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """``max_requests`` counts all requests inside, waiting or running."""
+    """``max_requests`` counts all requests inside, waiting or running; each choice is one."""
 
     max_requests: int
     max_queue_s: float
@@ -52,10 +53,10 @@ class _Waiter:
     since_s: float
     deadline_s: float
     seats: asyncio.Future[Seats]
-    missing: str | None = None
+    missing: NoWorker | InvalidRequest | None = None
     missing_since_s: float = 0.0
 
-    def note_missing(self, what: str | None, now_s: float) -> None:
+    def note_missing(self, what: NoWorker | InvalidRequest | None, now_s: float) -> None:
         if what is not None and self.missing is None:
             self.missing_since_s = now_s
         self.missing = what
@@ -76,40 +77,43 @@ class Admission:
         self._registry = registry
         self._clock = clock
         self._observer = observer
-        self._inside: set[str] = set()
+        self._inside: dict[str, int] = {}
         self._waiting: deque[_Waiter] = deque()
         self._turn = 0
         registry.subscribe(self._on_change)
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._inside)
+        return sum(self._inside.values())
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
     @contextlib.contextmanager
-    def enter(self, request_id: str) -> Iterator[None]:
-        """Hold one of ``max_requests`` places. Raises InvalidRequest when the id is in flight,
-        Overloaded when the router is full."""
+    def enter(self, request_id: str, num_choices: int = 1) -> Iterator[None]:
+        """Hold as many of ``max_requests`` places. Raises InvalidRequest when the id is in flight
+        or there are not that many places, Overloaded when the router is full."""
         if request_id in self._inside:
             raise InvalidRequest("request_id", "is already in flight")
-        if len(self._inside) >= self._limits.max_requests:
-            raise Overloaded(f"{self._limits.max_requests} requests are in flight already")
-        self._inside.add(request_id)
+        most = self._limits.max_requests
+        if num_choices > most:
+            raise InvalidRequest("n", f"this router runs {most} choices at a time")
+        if self.num_in_flight + num_choices > most:
+            raise Overloaded(f"{self.num_in_flight} of {most} requests are in flight already")
+        self._inside[request_id] = num_choices
         self._tell_occupancy()
         try:
             yield
         finally:
-            self._inside.remove(request_id)
+            del self._inside[request_id]
             self._tell_occupancy()
 
     async def take_seats(self, need: Need, deadline_s: float) -> Seats:
         """Wait for workers; the caller releases them. ``deadline_s`` is monotonic time.
 
-        Raises Overloaded after ``max_queue_s``, NoWorker when none could ever come free, and
-        DeadlineExceeded.
+        Raises Overloaded after ``max_queue_s``, NoWorker when none could ever come free,
+        InvalidRequest when none could ever hold it, and DeadlineExceeded.
         """
         if not self._waiting:
             seats = self._try(need)
@@ -152,19 +156,18 @@ class Admission:
             return DeadlineExceeded("no worker came free before the deadline")
         missing = waiter.missing
         if missing is not None and now_s - waiter.missing_since_s >= NO_WORKER_GRACE_S:
-            return NoWorker(missing)
+            return missing
         if now_s - waiter.since_s >= self._limits.max_queue_s:
             return Overloaded(f"no worker came free within {self._limits.max_queue_s:g} s")
         return None
 
-    def _missing(self, need: Need) -> str | None:
+    def _missing(self, need: Need) -> NoWorker | InvalidRequest | None:
         return what_is_missing(*self._workers(), need)
 
     def _workers(self) -> tuple[list[WorkerView], list[WorkerView]]:
         return self._registry.views(Role.PREFILL), self._registry.views(Role.DECODE)
 
     def _try(self, need: Need) -> Seats | None:
-        registry = self._registry
         placement = place(*self._workers(), need, self._turn)
         if placement is None:
             return None
@@ -172,9 +175,12 @@ class Admission:
         decode = placement.decode
         return Seats(
             placement,
-            registry.dispatch(placement.prefill, need.prompt_len),
-            None if decode is None else registry.dispatch(decode, need.prompt_len),
+            self._dispatch(placement.prefill, need),
+            None if decode is None else self._dispatch(decode, need),
         )
+
+    def _dispatch(self, worker: WorkerDescription, need: Need) -> Dispatch:
+        return self._registry.dispatch(worker, need.prompt_len, need.held_tokens(worker.role))
 
     def _on_change(self, change: Change) -> None:
         if change.kind in _MAKES_ROOM:

@@ -28,7 +28,9 @@ from stateferry.core.sampling import FinishReason, SampledToken
 from stateferry.router.admission import Seats
 from stateferry.router.channels import WorkerChannels
 from stateferry.router.client_stream import ClientStream
+from stateferry.router.echo import PromptEcho
 from stateferry.router.loss import LossBoard
+from stateferry.router.task_errors import root_cause
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 
 T = TypeVar("T")
@@ -64,7 +66,10 @@ class AttemptOrder:
 
 
 class Attempt:
-    """Runs one order, feeding one client stream. Used once."""
+    """Runs one order, feeding one client stream. Used once.
+
+    ``echo`` takes the scored prompt of a request that asks for one.
+    """
 
     def __init__(
         self,
@@ -72,8 +77,11 @@ class Attempt:
         stream: ClientStream,
         channels: WorkerChannels,
         losses: LossBoard,
+        echo: PromptEcho | None = None,
     ) -> None:
         self._order = order
+        self._echo = echo
+        self._scored_prompt: list[SampledToken] = []
         self._stream = stream
         self._channels = channels
         self._losses = losses
@@ -106,7 +114,7 @@ class Attempt:
                     for task in (*guards, *losses):
                         task.cancel()
             except BaseExceptionGroup as errors:
-                raise _root_cause(errors) from None
+                raise root_cause(errors) from None
             return reason
 
     async def _run_both(
@@ -171,6 +179,8 @@ class Attempt:
         kind = event.WhichOneof("event")
         if kind == "first_token" and not self._first.done():
             self._first.set_result(event.first_token)
+        elif kind == "prompt_tokens" and not self._first.done():
+            self._take_scored(event.prompt_tokens)
         elif kind == "handed_off" and self._first.done():
             self._is_handed_off = True
             self.figures.handoff_s = event.handed_off.duration_s
@@ -179,6 +189,14 @@ class Attempt:
         else:
             raise InvariantViolation(f"a prefill worker sent {kind} out of turn")
 
+    def _take_scored(self, part: worker_pb2.PromptTokens) -> None:
+        scored = self._scored_prompt
+        if len(scored) + len(part.tokens) > self._order.request.prompt_len:
+            raise InvariantViolation("a prefill worker scored more than the prompt")
+        if part.index != len(scored):
+            raise InvariantViolation(f"prompt token {part.index} came for {len(scored)}")
+        scored += map(codec.token_from_pb, part.tokens)
+
     async def _forward_first(self) -> FinishReason | None:
         first = await self._first
         self.figures.prefill_queue_s = first.queue_s
@@ -186,6 +204,8 @@ class Attempt:
         self.figures.prefix_tokens = first.prefix_tokens
         self.figures.resumed_tokens = first.resumed_tokens
         token = codec.token_from_pb(first.token)
+        if self._echo is not None and self._order.request.prompt_logprobs is not None:
+            await self._echo.send_scored(self._scored_prompt)
         reason = await self._forward(0, [token])
         if reason is None and first.HasField("finish"):
             reason = _finish_reason(first.finish)
@@ -294,9 +314,3 @@ def _finish_reason(message: worker_pb2.WorkerFinish) -> FinishReason:
         return codec.finish_from_pb(message)
     except InvalidRequest as error:
         raise InvariantViolation(f"a worker's {error}") from error
-
-
-def _root_cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a task group: what followed is mostly its consequence."""
-    first = errors.exceptions[0]
-    return _root_cause(first) if isinstance(first, BaseExceptionGroup) else first

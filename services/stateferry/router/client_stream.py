@@ -1,17 +1,20 @@
-"""One client's stream: indices, text and times. It outlives the attempts that feed it."""
+"""One choice's stream to its client: indices, text and times.
+
+It outlives the attempts that feed it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from stateferry.api.inference_codec import Delta
+from stateferry.api.answer_codec import Delta, PromptPart
 from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.sampling import SampledToken
 from stateferry.router.observer import RouterObserver
 from stateferry.router.text import OutputText
 
-Emit = Callable[[Delta], Awaitable[None]]
+Emit = Callable[[Delta | PromptPart], Awaitable[None]]
 
 
 class ClientStream:
@@ -22,13 +25,20 @@ class ClientStream:
     """
 
     def __init__(
-        self, text: OutputText, emit: Emit, arrived_s: float, clock: Clock, observer: RouterObserver
+        self,
+        text: OutputText,
+        emit: Emit,
+        arrived_s: float,
+        clock: Clock,
+        observer: RouterObserver,
+        choice: int = 0,
     ) -> None:
         self._text = text
         self._emit = emit
         self._arrived_s = arrived_s
         self._clock = clock
         self._observer = observer
+        self._choice = choice
         self._last_token_s = 0.0
         self._first_token_s = 0.0
         self.num_tokens = 0
@@ -64,7 +74,7 @@ class ClientStream:
                 break
         self.num_tokens += taken
         self._measure(taken)
-        await self._emit(Delta(index, "".join(pieces), tuple(tokens[:taken])))
+        await self._emit(Delta(index, "".join(pieces), tuple(tokens[:taken]), self._choice))
 
     async def finish(self) -> None:
         """Send the text that was held back. It may still complete a stop string."""
@@ -73,7 +83,7 @@ class ClientStream:
         last = self._text.finish()
         self.matched_stop = last.matched
         if last.text:
-            await self._emit(Delta(self.num_tokens, last.text, ()))
+            await self._emit(Delta(self.num_tokens, last.text, (), self._choice))
 
     def _measure(self, num_new: int) -> None:
         now_s = self._clock.monotonic_s()

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stateferry.api.inference_codec import Completion, Timings, Usage
+from stateferry.api.answer_codec import Completion, Timings, Usage
 from stateferry.core.clock import Clock
 from stateferry.core.request import GenerationRequest
-from stateferry.core.sampling import FinishReason
+from stateferry.core.sampling import FinishReason, choice_seed
 from stateferry.core.ticket import Ticket, TicketSigner
 from stateferry.router.admission import Admission, Seats
 from stateferry.router.attempt import Attempt, AttemptOrder, WorkerFigures
 from stateferry.router.channels import WorkerChannels
 from stateferry.router.client_stream import ClientStream, Emit
+from stateferry.router.echo import PromptEcho
 from stateferry.router.loss import LossBoard
 from stateferry.router.observer import RouterObserver
 from stateferry.router.placement import Need
-from stateferry.router.text import OutputText, Tokenizer
+from stateferry.router.text import OutputText, TextRules, Tokenizer
 
 FIRST_EPOCH = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated request and what only the router cares about. Times are monotonic seconds."""
+    """One choice of a validated request, and what only the router cares about. Times are monotonic
+    seconds. ``echo_text`` is the prompt's text where it has to be sent back."""
 
     request: GenerationRequest
     tenant: str
-    stop_strings: tuple[str, ...]
+    text: TextRules
     arrived_s: float
     deadline_s: float
+    echo_text: str | None = None
+    choice: int = 0
+
+    def of_choice(self, choice: int) -> Job:
+        """The same for another choice; the prompt goes back with choice 0 alone."""
+        if choice == 0:
+            return self
+        sampling = self.request.sampling
+        sampling = replace(sampling, seed=choice_seed(sampling.seed, choice))
+        request = replace(self.request, sampling=sampling, prompt_logprobs=None)
+        return replace(self, request=request, echo_text=None, choice=choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +110,11 @@ class Generation:
         try:
             queue_s = self._clock.monotonic_s() - job.arrived_s
             self._observer.queued(queue_s)
-            text = OutputText(
-                self._tokenizer, request.prompt_ids, job.stop_strings, request.stop.min_tokens
+            text = OutputText(self._tokenizer, request.prompt_ids, job.text)
+            stream = ClientStream(
+                text, emit, job.arrived_s, self._clock, self._observer, job.choice
             )
-            stream = ClientStream(text, emit, job.arrived_s, self._clock, self._observer)
+            echo = await self._echo(job, emit)
             order = AttemptOrder(
                 request=request,
                 vocab_size=self._vocab_size,
@@ -108,12 +122,21 @@ class Generation:
                 ticket=self._office.mint(job, FIRST_EPOCH, seats),
                 seats=seats,
             )
-            attempt = Attempt(order, stream, self._workers.channels, self._workers.losses)
+            attempt = Attempt(order, stream, self._workers.channels, self._workers.losses, echo)
             reason = await attempt.run()
             await stream.finish()
             return self._completion(job, stream, reason, attempt.figures, seats, queue_s)
         finally:
             seats.release()
+
+    async def _echo(self, job: Job, emit: Emit) -> PromptEcho | None:
+        """Sends the prompt back at once where it need not be scored."""
+        if job.echo_text is None:
+            return None
+        echo = PromptEcho(job.request.prompt_ids, job.echo_text, emit)
+        if job.request.prompt_logprobs is None:
+            await echo.send_plain()
+        return echo
 
     def _completion(
         self,
@@ -152,4 +175,5 @@ class Generation:
             ),
             prefill_worker=str(seats.placement.prefill.key),
             decode_worker=str(decode.key) if decode is not None and stream.num_tokens > 1 else "",
+            choice=job.choice,
         )

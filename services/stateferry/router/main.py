@@ -18,9 +18,11 @@ from stateferry.core.clock import Clock, SystemClock
 from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import ModelError
 from stateferry.core.ticket import TicketSigner
+from stateferry.guided.compiler import GuideCompiler
 from stateferry.router.admission import Admission, AdmissionLimits
 from stateferry.router.channels import WorkerChannels
 from stateferry.router.generate import Generation, TicketOffice, Workers
+from stateferry.router.guides import GuideGate
 from stateferry.router.loss import LossBoard
 from stateferry.router.membership import WorkerRegistry
 from stateferry.router.membership_servicer import MembershipServicer
@@ -62,6 +64,7 @@ def build_router(
     config: Config,
     model: ModelInfo,
     tokenizer: Tokenizer,
+    guides: GuideGate,
     clock: Clock,
     observer: RouterObserver,
 ) -> Router:
@@ -77,7 +80,7 @@ def build_router(
     generation = Generation(
         Workers(admission, channels, losses), office, tokenizer, model.vocab_size, clock, observer
     )
-    door = Door(model, _request_limits(config, model), tokenizer, admission)
+    door = Door(model, _request_limits(config, model), tokenizer, guides, admission)
     return Router(
         inference=InferenceServicer(door, generation, registry, clock, observer),
         membership=MembershipServicer(registry, model, key, section.heartbeat_interval_s),
@@ -104,12 +107,16 @@ async def run_router(
         )
     metrics = new_registry()
     set_build_info(metrics, role="router", version=stateferry.__version__, kernels="", transport="")
-    router = build_router(config, model, tokenizer, SystemClock(), RouterMetrics(metrics))
+    guides = GuideGate(
+        GuideCompiler(model_dir / "tokenizer.json", model.vocab_size, model.eos_token_ids)
+    )
+    router = build_router(config, model, tokenizer, guides, SystemClock(), RouterMetrics(metrics))
     exporter = start_exporter(metrics, config.router.host, config.router.metrics_port)
     try:
         await _serve(config, router, exporter.address, announce, stop)
     finally:
         tokenizer.close()
+        guides.close()
         exporter.close()
 
 

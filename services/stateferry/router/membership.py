@@ -66,11 +66,16 @@ class WorkerView:
     dispatched_requests: int
     busy_requests: int
     busy_tokens: int
+    busy_kv_pages: int
     silence_s: float
 
-    @property
-    def has_room(self) -> bool:
-        return self.busy_requests < self.description.capacity_requests
+    def has_room(self, held_tokens: int) -> bool:
+        """Whether a sequence of so many tokens could be admitted now."""
+        pools = self.description.pools
+        return (
+            self.busy_requests < self.description.capacity_requests
+            and self.busy_kv_pages + pools.kv_pages_for(held_tokens) <= pools.kv_pages
+        )
 
 
 @dataclass(slots=True)
@@ -81,9 +86,11 @@ class _Member:
     load: WorkerLoad | None = None
     dispatched_requests: int = 0
     dispatched_tokens: int = 0
+    dispatched_kv_pages: int = 0
     # Work that the last report showed beyond what this router had sent by then.
     other_requests: int = 0
     other_tokens: int = 0
+    other_kv_pages: int = 0
 
     def view(self, now_s: float) -> WorkerView:
         return WorkerView(
@@ -92,6 +99,7 @@ class _Member:
             dispatched_requests=self.dispatched_requests,
             busy_requests=self.dispatched_requests + self.other_requests,
             busy_tokens=self.dispatched_tokens + self.other_tokens,
+            busy_kv_pages=self.dispatched_kv_pages + self.other_kv_pages,
             silence_s=now_s - self.last_heard_s,
         )
 
@@ -99,16 +107,19 @@ class _Member:
 class Dispatch:
     """One request counted on one worker until ``release``, which may be called again."""
 
-    def __init__(self, registry: WorkerRegistry, worker: WorkerDescription, tokens: int) -> None:
+    def __init__(
+        self, registry: WorkerRegistry, worker: WorkerDescription, tokens: int, kv_pages: int
+    ) -> None:
         self.worker = worker
         self._registry = registry
         self._tokens = tokens
+        self._kv_pages = kv_pages
         self._held = True
 
     def release(self) -> None:
         if self._held:
             self._held = False
-            self._registry.end_dispatch(self.worker, self._tokens)
+            self._registry.end_dispatch(self.worker, self._tokens, self._kv_pages)
 
 
 class WorkerRegistry:
@@ -146,6 +157,7 @@ class WorkerRegistry:
             # The same life on a new stream still holds what it was sent.
             member.dispatched_requests = before.dispatched_requests
             member.dispatched_tokens = before.dispatched_tokens
+            member.dispatched_kv_pages = before.dispatched_kv_pages
         self._members[key.worker_id] = member
         self._tell(ChangeKind.JOINED, description, "joined")
         return registration
@@ -161,6 +173,8 @@ class WorkerRegistry:
         member.load = load
         member.other_requests = max(0, load.active_requests - member.dispatched_requests)
         member.other_tokens = max(0, load.queued_tokens - member.dispatched_tokens)
+        held_kv_pages = load.kv_pages.total - load.kv_pages.free
+        member.other_kv_pages = max(0, held_kv_pages - member.dispatched_kv_pages)
         self._tell(ChangeKind.REPORTED, member.description, "reported")
 
     def leave(self, registration: Registration) -> None:
@@ -184,15 +198,18 @@ class WorkerRegistry:
         for member in self._members.values():
             member.last_heard_s = min(now_s, member.last_heard_s + seconds)
 
-    def dispatch(self, worker: WorkerDescription, tokens: int) -> Dispatch:
-        """Count a request with this many prompt tokens on a live worker, from now on."""
+    def dispatch(self, worker: WorkerDescription, tokens: int, held_tokens: int) -> Dispatch:
+        """Count a request on a live worker, from now on: ``tokens`` of its prompt, and the memory
+        of ``held_tokens``."""
         member = self._members[worker.key.worker_id]
         assert member.description.key == worker.key
         member.dispatched_requests += 1
         member.dispatched_tokens += tokens
-        return Dispatch(self, worker, tokens)
+        kv_pages = worker.pools.kv_pages_for(held_tokens)
+        member.dispatched_kv_pages += kv_pages
+        return Dispatch(self, worker, tokens, kv_pages)
 
-    def end_dispatch(self, worker: WorkerDescription, tokens: int) -> None:
+    def end_dispatch(self, worker: WorkerDescription, tokens: int, kv_pages: int) -> None:
         """For Dispatch.release only."""
         member = self._members.get(worker.key.worker_id)
         if member is None or member.description.key != worker.key:
@@ -200,6 +217,7 @@ class WorkerRegistry:
         # A life that left and came back in the meantime began to count at zero.
         member.dispatched_requests = max(0, member.dispatched_requests - 1)
         member.dispatched_tokens = max(0, member.dispatched_tokens - tokens)
+        member.dispatched_kv_pages = max(0, member.dispatched_kv_pages - kv_pages)
         self._tell(ChangeKind.RELEASED, worker, "a request ended")
 
     def views(self, role: Role) -> list[WorkerView]:

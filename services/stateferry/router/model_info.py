@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stateferry.config import ModelSection
+from stateferry.core.eos import read_eos_token_ids, read_json_object
 from stateferry.core.errors import HandshakeMismatch, ModelError
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.weight_files import has_weights, weights_fingerprint
@@ -49,35 +49,17 @@ class ModelInfo:
 
 def read_model_info(model_dir: Path, section: ModelSection) -> ModelInfo:
     """Read a Hugging Face directory. Raises ModelError naming the file and the option."""
-    config = _read_json(model_dir / "config.json")
+    config = read_json_object(model_dir / "config.json")
     vocab_size = _positive(config, "vocab_size")
     return ModelInfo(
         name=section.name or model_dir.name,
         vocab_size=vocab_size,
         max_context_tokens=section.max_context_tokens,
         grid_tokens=section.grid_tokens or _positive(config, "chunk_size"),
-        eos_token_ids=_eos_token_ids(model_dir, config, vocab_size),
+        eos_token_ids=read_eos_token_ids(model_dir, vocab_size),
         weights=weights_fingerprint(model_dir) if has_weights(model_dir) else None,
         dtype=section.dtype,
     )
-
-
-def _eos_token_ids(model_dir: Path, config: dict[str, Any], vocab_size: int) -> frozenset[int]:
-    # generation_config.json wins where it exists: it is where publishers list several ids.
-    sources = [config]
-    if (model_dir / "generation_config.json").is_file():
-        sources.insert(0, _read_json(model_dir / "generation_config.json"))
-    for source in sources:
-        value = source.get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        for token_id in ids:
-            if type(token_id) is not int:
-                raise ModelError(f"eos_token_id: {token_id!r} is not a token id")
-        # An id outside the vocabulary can never be sampled, and workers refuse it as a stop id.
-        return frozenset(i for i in ids if 0 <= i < vocab_size)
-    return frozenset()
 
 
 def _positive(config: dict[str, Any], option: str) -> int:
@@ -85,13 +67,3 @@ def _positive(config: dict[str, Any], option: str) -> int:
     if type(value) is not int or value < 1:
         raise ModelError(f"config.json: {option} is {value!r}, not a positive number")
     return value
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file.name} does not hold an object")
-    return content

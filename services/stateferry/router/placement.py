@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from stateferry.core.errors import InvalidRequest, NoWorker
 from stateferry.core.fingerprint import Fingerprint
+from stateferry.core.ids import Role
 from stateferry.core.worker import WorkerDescription
 from stateferry.router.membership import WorkerView
 
@@ -21,6 +23,10 @@ class Need:
     prompt_len: int
     total_tokens: int
     needs_decode: bool
+
+    def held_tokens(self, role: Role) -> int:
+        """The most tokens that a worker of this role has to hold."""
+        return self.prompt_len if role is Role.PREFILL else self.total_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +56,24 @@ def place(
 
 def what_is_missing(
     prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], need: Need
-) -> str | None:
+) -> NoWorker | InvalidRequest | None:
     """Why no wait will help with the workers there are, or None when one only has to be free."""
     if not prefills:
-        return "there is no prefill worker"
+        return NoWorker("there is no prefill worker")
     if need.needs_decode and not decodes:
-        return "there is no decode worker"
+        return NoWorker("there is no decode worker")
+    for views in (prefills, decodes) if need.needs_decode else (prefills,):
+        longest = max(view.description.max_context_tokens for view in views)
+        if need.total_tokens > longest:
+            problem = (
+                f"{need.total_tokens} with the prompt's {need.prompt_len}; "
+                f"no {views[0].description.role.value} worker holds more than {longest} tokens"
+            )
+            return InvalidRequest("stop.max_tokens", problem)
     prefills = [v for v in prefills if _fits(v, need)]
     decodes = [v for v in decodes if _fits(v, need)]
-    if not prefills or (need.needs_decode and not decodes):
-        return f"no worker holds {need.total_tokens} tokens"
     if need.needs_decode and _fingerprints(prefills).isdisjoint(_fingerprints(decodes)):
-        return "no prefill and decode workers have equal fingerprints"
+        return NoWorker("no prefill and decode workers have equal fingerprints")
     return None
 
 
@@ -72,7 +84,8 @@ def _best_by_fingerprint(
     best: dict[Fingerprint, WorkerView] = {}
     start = turn % len(views) if views else 0
     for view in (*views[start:], *views[:start]):
-        if not view.has_room or not _fits(view, need):
+        held_tokens = need.held_tokens(view.description.role)
+        if not view.has_room(held_tokens) or not _fits(view, need):
             continue
         rival = best.get(view.description.fingerprint)
         if rival is None or load(view) < load(rival):

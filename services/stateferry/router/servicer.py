@@ -24,17 +24,20 @@ from typing import Any
 
 import grpc
 
+from stateferry.api import answer_codec
 from stateferry.api import inference_codec as codec
 from stateferry.api.status import abort, code_of
 from stateferry.core.clock import Clock
 from stateferry.core.errors import InvalidRequest, Overloaded
 from stateferry.core.ids import Role
 from stateferry.router.admission import Admission
+from stateferry.router.choices import run_choices
 from stateferry.router.generate import Generation, Job
+from stateferry.router.guides import GuideGate
 from stateferry.router.membership import WorkerRegistry
 from stateferry.router.model_info import ModelInfo
 from stateferry.router.observer import RouterObserver
-from stateferry.router.text import Tokenizer
+from stateferry.router.text import TextRules, Tokenizer
 from stateferry.telemetry.logs import log_request_id
 from stateferry.v1 import inference_pb2
 
@@ -54,6 +57,7 @@ class Door:
     model: ModelInfo
     limits: codec.RequestLimits
     tokenizer: Tokenizer
+    guides: GuideGate
     admission: Admission
 
 
@@ -92,15 +96,15 @@ class InferenceServicer:
             remaining_s = context.time_remaining()
             client = codec.parse_generate(payload, self._door.limits)
             log_request_id(client.request_id)
-            with self._door.admission.enter(client.request_id):
+            num_choices = client.answer.num_choices
+            with self._door.admission.enter(client.request_id, num_choices):
                 job = await self._job(client, arrived_s, remaining_s)
-                completion = await self._generation.run(job, writer.emit)
-            await writer.write(codec.completion_to_bytes(completion))
+                await run_choices(self._generation, job, num_choices, writer.emit, writer.finish)
 
     async def ListModels(self, payload: bytes, context: Context) -> bytes:
         """The one model this router serves."""
         model = self._door.model
-        listing = codec.ModelListing(
+        listing = answer_codec.ModelListing(
             name=model.name,
             max_context_tokens=model.max_context_tokens,
             vocab_size=model.vocab_size,
@@ -108,20 +112,35 @@ class InferenceServicer:
             prefill_workers=len(self._registry.views(Role.PREFILL)),
             decode_workers=len(self._registry.views(Role.DECODE)),
         )
-        return codec.models_to_bytes([listing])
+        return answer_codec.models_to_bytes([listing])
 
     async def _job(
         self, client: codec.ClientRequest, arrived_s: float, remaining_s: float | None
     ) -> Job:
-        prompt = client.prompt
+        prompt, answer = client.prompt, client.answer
         ids = await self._door.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        request = codec.complete_request(client, ids, self._door.limits)
+        await self._door.guides.check(client.sampling.guide)
         return Job(
-            request=codec.complete_request(client, ids, self._door.limits),
+            request=request,
             tenant=client.tenant,
-            stop_strings=client.stop.strings,
+            text=TextRules(
+                stop_strings=client.stop.strings,
+                stop_token_ids=request.stop.stop_token_ids,
+                min_tokens=request.stop.min_tokens,
+                include_stop=answer.include_stop,
+                skip_special_tokens=answer.skip_special_tokens,
+            ),
             arrived_s=arrived_s,
             deadline_s=math.inf if remaining_s is None else arrived_s + remaining_s,
+            echo_text=self._echo_text(prompt, answer) if answer.echo else None,
         )
+
+    def _echo_text(self, prompt: str | tuple[int, ...], answer: codec.AnswerOptions) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        skip = answer.skip_special_tokens
+        return self._door.tokenizer.decode(prompt, skip_special_tokens=skip)
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context, writer: ResponseWriter) -> AsyncIterator[None]:
@@ -159,17 +178,27 @@ class ResponseWriter:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._last: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
-    async def emit(self, delta: codec.Delta) -> None:
-        await self.write(codec.delta_to_bytes(delta))
+    async def emit(self, event: answer_codec.Delta | answer_codec.PromptPart) -> None:
+        if isinstance(event, answer_codec.Delta):
+            await self.write(answer_codec.delta_to_bytes(event))
+        else:
+            await self.write(answer_codec.prompt_part_to_bytes(event))
+
+    async def finish(self, completion: answer_codec.Completion) -> None:
+        await self.write(answer_codec.completion_to_bytes(completion))
 
     async def write(self, payload: bytes) -> None:
         """Returns when gRPC has taken the response. Raises Overloaded when it does not in time."""
-        self._last = asyncio.ensure_future(self._context.write(payload))
-        await asyncio.wait((self._last,), timeout=CLIENT_STALL_S)
-        if not self._last.done():
-            raise Overloaded("the client does not read its stream")
-        self._last.result()
+        async with self._turn:
+            # A writer that was cancelled, of another choice, may have left its write behind.
+            await self.settle()
+            self._last = asyncio.ensure_future(self._context.write(payload))
+            await asyncio.wait((self._last,), timeout=CLIENT_STALL_S)
+            if not self._last.done():
+                raise Overloaded("the client does not read its stream")
+            self._last.result()
 
     def abandon(self) -> None:
         """The call is over: nobody waits for the last write any more."""

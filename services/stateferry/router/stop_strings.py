@@ -18,11 +18,13 @@ class StopMatcher:
     """Holds back only what may still become a stop string.
 
     The result does not depend on how the text was cut into pieces: the stop string that completes
-    first wins, the longer one among those that complete at the same character.
+    first wins, the longer one among those that complete at the same character. ``include`` leaves
+    it in the text.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    def __init__(self, strings: Sequence[str], *, include: bool = False) -> None:
         self._strings = tuple(strings)
+        self._include = include
         self._held = ""
 
     def push(self, text: str, may_stop: bool) -> StopMatch:
@@ -35,7 +37,8 @@ class StopMatcher:
             if found is not None:
                 begin, string = found
                 self._held = ""
-                return StopMatch(buffer[:begin], string)
+                end = begin + len(string) if self._include else begin
+                return StopMatch(buffer[:end], string)
         keep = self._undecided_chars(buffer)
         self._held = buffer[len(buffer) - keep :]
         return StopMatch(buffer[: len(buffer) - keep], None)

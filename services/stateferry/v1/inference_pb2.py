@@ -24,43 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dstateferry/v1/inference.proto\x12\rstateferry.v1\"\x8e\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.stateferry.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.stateferry.v1.SamplingParams\x12+\n\x04stop\x18\x06 \x01(\x0b\x32\x1d.stateferry.v1.StopConditions\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\x08\n\x06promptB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x92\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x98\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"s\n\x10GenerateResponse\x12%\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.stateferry.v1.DeltaH\x00\x12/\n\ncompletion\x18\x02 \x01(\x0b\x32\x19.stateferry.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"g\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.stateferry.v1.TokenLogprobs\"N\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12,\n\x03top\x18\x02 \x03(\x0b\x32\x1f.stateferry.v1.CandidateLogprob\"5\n\x10\x43\x61ndidateLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xf5\x01\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.stateferry.v1.FinishReason\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.stateferry.v1.Usage\x12\'\n\x07timings\x18\x04 \x01(\x0b\x32\x16.stateferry.v1.Timings\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0cmatched_stop\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\"h\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x04 \x01(\r\"\xb6\x01\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x04 \x01(\x01\x12\x11\n\thandoff_s\x18\x05 \x01(\x01\x12\x15\n\rhandoff_bytes\x18\x06 \x01(\x04\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x10\n\x08\x64\x65\x63ode_s\x18\x08 \x01(\x01\x12\x0f\n\x07total_s\x18\t \x01(\x01\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.stateferry.v1.Model\"\x8b\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bgrid_tokens\x18\x04 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xad\x01\n\tInference\x12M\n\x08Generate\x12\x1e.stateferry.v1.GenerateRequest\x1a\x1f.stateferry.v1.GenerateResponse0\x01\x12Q\n\nListModels\x12 .stateferry.v1.ListModelsRequest\x1a!.stateferry.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dstateferry/v1/inference.proto\x12\rstateferry.v1\"\xc3\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.stateferry.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.stateferry.v1.SamplingParams\x12+\n\x04stop\x18\x06 \x01(\x0b\x32\x1d.stateferry.v1.StopConditions\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12#\n\x05guide\x18\t \x01(\x0b\x32\x14.stateferry.v1.Guide\x12\x0e\n\x01n\x18\n \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x03\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\x04\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\x04\n\x02_nB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokens\"\x8c\x01\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12)\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x16.stateferry.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x80\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12,\n\nlogit_bias\x18\t \x03(\x0b\x32\x18.stateferry.v1.LogitBiasB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\xae\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\xa0\x01\n\x10GenerateResponse\x12%\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x14.stateferry.v1.DeltaH\x00\x12/\n\ncompletion\x18\x02 \x01(\x0b\x32\x19.stateferry.v1.CompletionH\x00\x12+\n\x06prompt\x18\x03 \x01(\x0b\x32\x19.stateferry.v1.PromptEchoH\x00\x42\x07\n\x05\x65vent\"l\n\nPromptEcho\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.stateferry.v1.TokenLogprobs\"w\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.stateferry.v1.TokenLogprobs\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\"N\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12,\n\x03top\x18\x02 \x03(\x0b\x32\x1f.stateferry.v1.CandidateLogprob\"5\n\x10\x43\x61ndidateLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x85\x02\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.stateferry.v1.FinishReason\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.stateferry.v1.Usage\x12\'\n\x07timings\x18\x04 \x01(\x0b\x32\x16.stateferry.v1.Timings\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0cmatched_stop\x18\x06 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\"h\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x04 \x01(\r\"\xb6\x01\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x04 \x01(\x01\x12\x11\n\thandoff_s\x18\x05 \x01(\x01\x12\x15\n\rhandoff_bytes\x18\x06 \x01(\x04\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x10\n\x08\x64\x65\x63ode_s\x18\x08 \x01(\x01\x12\x0f\n\x07total_s\x18\t \x01(\x01\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.stateferry.v1.Model\"\x8b\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bgrid_tokens\x18\x04 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xad\x01\n\tInference\x12M\n\x08Generate\x12\x1e.stateferry.v1.GenerateRequest\x1a\x1f.stateferry.v1.GenerateResponse0\x01\x12Q\n\nListModels\x12 .stateferry.v1.ListModelsRequest\x1a!.stateferry.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stateferry.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1769
-  _globals['_FINISHREASON']._serialized_end=1864
+  _globals['_FINISHREASON']._serialized_start=2612
+  _globals['_FINISHREASON']._serialized_end=2707
   _globals['_GENERATEREQUEST']._serialized_start=49
-  _globals['_GENERATEREQUEST']._serialized_end=319
-  _globals['_TOKENIDS']._serialized_start=321
-  _globals['_TOKENIDS']._serialized_end=344
-  _globals['_SAMPLINGPARAMS']._serialized_start=347
-  _globals['_SAMPLINGPARAMS']._serialized_end=493
-  _globals['_STOPCONDITIONS']._serialized_start=496
-  _globals['_STOPCONDITIONS']._serialized_end=648
-  _globals['_GENERATERESPONSE']._serialized_start=650
-  _globals['_GENERATERESPONSE']._serialized_end=765
-  _globals['_DELTA']._serialized_start=767
-  _globals['_DELTA']._serialized_end=870
-  _globals['_TOKENLOGPROBS']._serialized_start=872
-  _globals['_TOKENLOGPROBS']._serialized_end=950
-  _globals['_CANDIDATELOGPROB']._serialized_start=952
-  _globals['_CANDIDATELOGPROB']._serialized_end=1005
-  _globals['_COMPLETION']._serialized_start=1008
-  _globals['_COMPLETION']._serialized_end=1253
-  _globals['_USAGE']._serialized_start=1255
-  _globals['_USAGE']._serialized_end=1359
-  _globals['_TIMINGS']._serialized_start=1362
-  _globals['_TIMINGS']._serialized_end=1544
-  _globals['_LISTMODELSREQUEST']._serialized_start=1546
-  _globals['_LISTMODELSREQUEST']._serialized_end=1565
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1567
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1625
-  _globals['_MODEL']._serialized_start=1628
-  _globals['_MODEL']._serialized_end=1767
-  _globals['_INFERENCE']._serialized_start=1867
-  _globals['_INFERENCE']._serialized_end=2040
+  _globals['_GENERATEREQUEST']._serialized_end=500
+  _globals['_GUIDE']._serialized_start=503
+  _globals['_GUIDE']._serialized_end=643
+  _globals['_CHOICES']._serialized_start=645
+  _globals['_CHOICES']._serialized_end=669
+  _globals['_TOKENIDS']._serialized_start=671
+  _globals['_TOKENIDS']._serialized_end=694
+  _globals['_SAMPLINGPARAMS']._serialized_start=697
+  _globals['_SAMPLINGPARAMS']._serialized_end=1081
+  _globals['_LOGITBIAS']._serialized_start=1083
+  _globals['_LOGITBIAS']._serialized_end=1126
+  _globals['_STOPCONDITIONS']._serialized_start=1129
+  _globals['_STOPCONDITIONS']._serialized_end=1303
+  _globals['_GENERATERESPONSE']._serialized_start=1306
+  _globals['_GENERATERESPONSE']._serialized_end=1466
+  _globals['_PROMPTECHO']._serialized_start=1468
+  _globals['_PROMPTECHO']._serialized_end=1576
+  _globals['_DELTA']._serialized_start=1578
+  _globals['_DELTA']._serialized_end=1697
+  _globals['_TOKENLOGPROBS']._serialized_start=1699
+  _globals['_TOKENLOGPROBS']._serialized_end=1777
+  _globals['_CANDIDATELOGPROB']._serialized_start=1779
+  _globals['_CANDIDATELOGPROB']._serialized_end=1832
+  _globals['_COMPLETION']._serialized_start=1835
+  _globals['_COMPLETION']._serialized_end=2096
+  _globals['_USAGE']._serialized_start=2098
+  _globals['_USAGE']._serialized_end=2202
+  _globals['_TIMINGS']._serialized_start=2205
+  _globals['_TIMINGS']._serialized_end=2387
+  _globals['_LISTMODELSREQUEST']._serialized_start=2389
+  _globals['_LISTMODELSREQUEST']._serialized_end=2408
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2410
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2468
+  _globals['_MODEL']._serialized_start=2471
+  _globals['_MODEL']._serialized_end=2610
+  _globals['_INFERENCE']._serialized_start=2710
+  _globals['_INFERENCE']._serialized_end=2883
 # @@protoc_insertion_point(module_scope)

@@ -24,43 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astateferry/v1/worker.proto\x12\rstateferry.v1\"\x8e\x01\n\x0ePrefillRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x04 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\"y\n\x0cPrefillEvent\x12\x30\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x19.stateferry.v1.FirstTokenH\x00\x12.\n\nhanded_off\x18\x02 \x01(\x0b\x32\x18.stateferry.v1.HandedOffH\x00\x42\x07\n\x05\x65vent\"\xb7\x01\n\nFirstToken\x12)\n\x05token\x18\x01 \x01(\x0b\x32\x1a.stateferry.v1.OutputToken\x12+\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinish\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x06 \x01(\r\"F\n\tHandedOff\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x11\n\ttransport\x18\x03 \x01(\t\"y\n\rDecodeRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\"\x9d\x01\n\x0b\x44\x65\x63odeEvent\x12+\n\x08reserved\x18\x01 \x01(\x0b\x32\x17.stateferry.v1.ReservedH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.stateferry.v1.TokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinishH\x00\x42\x07\n\x05\x65vent\"\n\n\x08Reserved\"C\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"i\n\x0bOutputToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.stateferry.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"A\n\x0cWorkerFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.stateferry.v1.WorkerFinishReason\"u\n\x0eWorkerSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"L\n\nWorkerStop\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r*z\n\x12WorkerFinishReason\x12$\n WORKER_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19WORKER_FINISH_REASON_STOP\x10\x01\x12\x1f\n\x1bWORKER_FINISH_REASON_LENGTH\x10\x02\x32N\n\x07Prefill\x12\x43\n\x03Run\x12\x1d.stateferry.v1.PrefillRequest\x1a\x1b.stateferry.v1.PrefillEvent0\x01\x32P\n\x06\x44\x65\x63ode\x12\x46\n\x08Generate\x12\x1c.stateferry.v1.DecodeRequest\x1a\x1a.stateferry.v1.DecodeEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astateferry/v1/worker.proto\x12\rstateferry.v1\"\xc0\x01\n\x0ePrefillRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x04 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\x12\x1c\n\x0fprompt_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\"\xaf\x01\n\x0cPrefillEvent\x12\x30\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x19.stateferry.v1.FirstTokenH\x00\x12.\n\nhanded_off\x18\x02 \x01(\x0b\x32\x18.stateferry.v1.HandedOffH\x00\x12\x34\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.PromptTokensH\x00\x42\x07\n\x05\x65vent\"I\n\x0cPromptTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"\xb7\x01\n\nFirstToken\x12)\n\x05token\x18\x01 \x01(\x0b\x32\x1a.stateferry.v1.OutputToken\x12+\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinish\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x06 \x01(\r\"F\n\tHandedOff\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x11\n\ttransport\x18\x03 \x01(\t\"\x92\x01\n\rDecodeRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\x12\x17\n\x0fseen_prompt_ids\x18\x04 \x03(\r\"\x9d\x01\n\x0b\x44\x65\x63odeEvent\x12+\n\x08reserved\x18\x01 \x01(\x0b\x32\x17.stateferry.v1.ReservedH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.stateferry.v1.TokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinishH\x00\x42\x07\n\x05\x65vent\"\n\n\x08Reserved\"C\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"i\n\x0bOutputToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.stateferry.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"A\n\x0cWorkerFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.stateferry.v1.WorkerFinishReason\"\x96\x02\n\x0eWorkerSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x31\n\tpenalties\x18\x07 \x01(\x0b\x32\x1e.stateferry.v1.WorkerPenalties\x12\x32\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x1e.stateferry.v1.WorkerLogitBias\x12)\n\x05guide\x18\t \x01(\x0b\x32\x1a.stateferry.v1.WorkerGuideB\x0b\n\t_logprobs\"J\n\x0fWorkerPenalties\x12\x12\n\nrepetition\x18\x01 \x01(\x02\x12\x10\n\x08presence\x18\x02 \x01(\x02\x12\x11\n\tfrequency\x18\x03 \x01(\x02\"1\n\x0fWorkerLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"+\n\x0bWorkerGuide\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"L\n\nWorkerStop\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r*z\n\x12WorkerFinishReason\x12$\n WORKER_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19WORKER_FINISH_REASON_STOP\x10\x01\x12\x1f\n\x1bWORKER_FINISH_REASON_LENGTH\x10\x02\x32N\n\x07Prefill\x12\x43\n\x03Run\x12\x1d.stateferry.v1.PrefillRequest\x1a\x1b.stateferry.v1.PrefillEvent0\x01\x32P\n\x06\x44\x65\x63ode\x12\x46\n\x08Generate\x12\x1c.stateferry.v1.DecodeRequest\x1a\x1a.stateferry.v1.DecodeEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stateferry.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERFINISHREASON']._serialized_start=1355
-  _globals['_WORKERFINISHREASON']._serialized_end=1477
+  _globals['_WORKERFINISHREASON']._serialized_start=1895
+  _globals['_WORKERFINISHREASON']._serialized_end=2017
   _globals['_PREFILLREQUEST']._serialized_start=46
-  _globals['_PREFILLREQUEST']._serialized_end=188
-  _globals['_PREFILLEVENT']._serialized_start=190
-  _globals['_PREFILLEVENT']._serialized_end=311
-  _globals['_FIRSTTOKEN']._serialized_start=314
-  _globals['_FIRSTTOKEN']._serialized_end=497
-  _globals['_HANDEDOFF']._serialized_start=499
-  _globals['_HANDEDOFF']._serialized_end=569
-  _globals['_DECODEREQUEST']._serialized_start=571
-  _globals['_DECODEREQUEST']._serialized_end=692
-  _globals['_DECODEEVENT']._serialized_start=695
-  _globals['_DECODEEVENT']._serialized_end=852
-  _globals['_RESERVED']._serialized_start=854
-  _globals['_RESERVED']._serialized_end=864
-  _globals['_TOKENS']._serialized_start=866
-  _globals['_TOKENS']._serialized_end=933
-  _globals['_OUTPUTTOKEN']._serialized_start=935
-  _globals['_OUTPUTTOKEN']._serialized_end=1040
-  _globals['_TOPLOGPROB']._serialized_start=1042
-  _globals['_TOPLOGPROB']._serialized_end=1089
-  _globals['_WORKERFINISH']._serialized_start=1091
-  _globals['_WORKERFINISH']._serialized_end=1156
-  _globals['_WORKERSAMPLING']._serialized_start=1158
-  _globals['_WORKERSAMPLING']._serialized_end=1275
-  _globals['_WORKERSTOP']._serialized_start=1277
-  _globals['_WORKERSTOP']._serialized_end=1353
-  _globals['_PREFILL']._serialized_start=1479
-  _globals['_PREFILL']._serialized_end=1557
-  _globals['_DECODE']._serialized_start=1559
-  _globals['_DECODE']._serialized_end=1639
+  _globals['_PREFILLREQUEST']._serialized_end=238
+  _globals['_PREFILLEVENT']._serialized_start=241
+  _globals['_PREFILLEVENT']._serialized_end=416
+  _globals['_PROMPTTOKENS']._serialized_start=418
+  _globals['_PROMPTTOKENS']._serialized_end=491
+  _globals['_FIRSTTOKEN']._serialized_start=494
+  _globals['_FIRSTTOKEN']._serialized_end=677
+  _globals['_HANDEDOFF']._serialized_start=679
+  _globals['_HANDEDOFF']._serialized_end=749
+  _globals['_DECODEREQUEST']._serialized_start=752
+  _globals['_DECODEREQUEST']._serialized_end=898
+  _globals['_DECODEEVENT']._serialized_start=901
+  _globals['_DECODEEVENT']._serialized_end=1058
+  _globals['_RESERVED']._serialized_start=1060
+  _globals['_RESERVED']._serialized_end=1070
+  _globals['_TOKENS']._serialized_start=1072
+  _globals['_TOKENS']._serialized_end=1139
+  _globals['_OUTPUTTOKEN']._serialized_start=1141
+  _globals['_OUTPUTTOKEN']._serialized_end=1246
+  _globals['_TOPLOGPROB']._serialized_start=1248
+  _globals['_TOPLOGPROB']._serialized_end=1295
+  _globals['_WORKERFINISH']._serialized_start=1297
+  _globals['_WORKERFINISH']._serialized_end=1362
+  _globals['_WORKERSAMPLING']._serialized_start=1365
+  _globals['_WORKERSAMPLING']._serialized_end=1643
+  _globals['_WORKERPENALTIES']._serialized_start=1645
+  _globals['_WORKERPENALTIES']._serialized_end=1719
+  _globals['_WORKERLOGITBIAS']._serialized_start=1721
+  _globals['_WORKERLOGITBIAS']._serialized_end=1770
+  _globals['_WORKERGUIDE']._serialized_start=1772
+  _globals['_WORKERGUIDE']._serialized_end=1815
+  _globals['_WORKERSTOP']._serialized_start=1817
+  _globals['_WORKERSTOP']._serialized_end=1893
+  _globals['_PREFILL']._serialized_start=2019
+  _globals['_PREFILL']._serialized_end=2097
+  _globals['_DECODE']._serialized_start=2099
+  _globals['_DECODE']._serialized_end=2179
 # @@protoc_insertion_point(module_scope)

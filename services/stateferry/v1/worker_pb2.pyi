@@ -17,24 +17,36 @@ WORKER_FINISH_REASON_STOP: WorkerFinishReason
 WORKER_FINISH_REASON_LENGTH: WorkerFinishReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("ticket", "prompt_ids", "sampling", "stop")
+    __slots__ = ("ticket", "prompt_ids", "sampling", "stop", "prompt_logprobs")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: WorkerSampling
     stop: WorkerStop
-    def __init__(self, ticket: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, ticket: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
-    __slots__ = ("first_token", "handed_off")
+    __slots__ = ("first_token", "handed_off", "prompt_tokens")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     HANDED_OFF_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     first_token: FirstToken
     handed_off: HandedOff
-    def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ...) -> None: ...
+    prompt_tokens: PromptTokens
+    def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ..., prompt_tokens: _Optional[_Union[PromptTokens, _Mapping]] = ...) -> None: ...
+
+class PromptTokens(_message.Message):
+    __slots__ = ("index", "tokens")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    tokens: _containers.RepeatedCompositeFieldContainer[OutputToken]
+    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[OutputToken, _Mapping]]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token", "finish", "queue_s", "prefill_s", "prefix_tokens", "resumed_tokens")
@@ -63,14 +75,16 @@ class HandedOff(_message.Message):
     def __init__(self, size_bytes: _Optional[int] = ..., duration_s: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("ticket", "sampling", "stop")
+    __slots__ = ("ticket", "sampling", "stop", "seen_prompt_ids")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    SEEN_PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     sampling: WorkerSampling
     stop: WorkerStop
-    def __init__(self, ticket: _Optional[bytes] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ...) -> None: ...
+    seen_prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[bytes] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., seen_prompt_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("reserved", "tokens", "finished")
@@ -119,18 +133,52 @@ class WorkerFinish(_message.Message):
     def __init__(self, reason: _Optional[_Union[WorkerFinishReason, str]] = ...) -> None: ...
 
 class WorkerSampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "seed", "logprobs")
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "logprobs", "min_p", "penalties", "logit_bias", "guide")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    PENALTIES_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    GUIDE_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
     seed: int
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    min_p: float
+    penalties: WorkerPenalties
+    logit_bias: _containers.RepeatedCompositeFieldContainer[WorkerLogitBias]
+    guide: WorkerGuide
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., min_p: _Optional[float] = ..., penalties: _Optional[_Union[WorkerPenalties, _Mapping]] = ..., logit_bias: _Optional[_Iterable[_Union[WorkerLogitBias, _Mapping]]] = ..., guide: _Optional[_Union[WorkerGuide, _Mapping]] = ...) -> None: ...
+
+class WorkerPenalties(_message.Message):
+    __slots__ = ("repetition", "presence", "frequency")
+    REPETITION_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_FIELD_NUMBER: _ClassVar[int]
+    repetition: float
+    presence: float
+    frequency: float
+    def __init__(self, repetition: _Optional[float] = ..., presence: _Optional[float] = ..., frequency: _Optional[float] = ...) -> None: ...
+
+class WorkerLogitBias(_message.Message):
+    __slots__ = ("token_id", "bias")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    bias: float
+    def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
+
+class WorkerGuide(_message.Message):
+    __slots__ = ("kind", "source")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    source: str
+    def __init__(self, kind: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class WorkerStop(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "stop_token_ids")

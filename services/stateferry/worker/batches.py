@@ -13,6 +13,8 @@ from stateferry.engine.forward_batch import (
     ExtendRow,
     SampleSpec,
 )
+from stateferry.engine.prompt_scores import as_scores
+from stateferry.engine.rules import as_rules
 from stateferry.scheduler.decode import DecodeStep
 from stateferry.scheduler.prefill import ExtendStep
 
@@ -29,6 +31,7 @@ def extend_batch(
                 lease=cache.lease(part.request_id),
                 token_ids=request.prompt_ids[part.start : part.start + part.length],
                 sample=sample_spec(request.continuation, 0) if part.is_last else None,
+                scores=as_scores(request.scores),
             )
         )
     return ExtendBatch(tuple(rows))
@@ -57,4 +60,5 @@ def sample_spec(request: Continuation, index: int) -> SampleSpec:
         params=request.sampling,
         index=index,
         banned_ids=request.stop.stop_token_ids if too_early else frozenset(),
+        rules=as_rules(request.rules),
     )

@@ -39,7 +39,6 @@ class WorkerHost:
         metrics_address: str,
         routers: Sequence[str],
         cluster_key: ClusterKey,
-        max_requests: int,
     ) -> None:
         self.key = WorkerKey(worker_id, new_incarnation())
         self.parts = parts
@@ -49,7 +48,7 @@ class WorkerHost:
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._metrics = metrics
         self._metrics_address = metrics_address
-        self._max_requests = max_requests
+        metrics.set_pool_sizes(parts.sizes)
 
     @property
     def meter(self) -> WorkerMeter:
@@ -66,10 +65,11 @@ class WorkerHost:
             transfer_address=transfer_address,
             metrics_address=self._metrics_address,
             fingerprint=self.parts.fingerprint,
-            capacity_requests=self._max_requests,
+            capacity_requests=self.parts.sizes.sequences,
             max_context_tokens=self.parts.limits.max_context_tokens,
             vocab_size=self.parts.limits.vocab_size,
             kernels=self.parts.kernels,
+            pools=self.parts.sizes,
         )
 
     def load_reporter(self, queue: Queue) -> Callable[[], WorkerLoad]:
@@ -85,6 +85,7 @@ class WorkerHost:
                 queued_tokens=queue.queued_tokens,
                 state_slots=cache.state_slots,
                 tail_pages=cache.tail_pages,
+                kv_pages=cache.kv_pages,
             )
             self._metrics.set_load(load)
             if not load.active_requests:

@@ -3,6 +3,7 @@ router."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from stateferry.core.errors import InvalidRequest
@@ -22,8 +23,7 @@ def check_request(request: GenerationRequest, limits: ModelLimits) -> None:
     """Raises InvalidRequest naming the field that this worker's model cannot serve."""
     if not request.prompt_ids:
         raise InvalidRequest("prompt_ids", "must not be empty")
-    if max(request.prompt_ids) >= limits.vocab_size:
-        raise InvalidRequest("prompt_ids", f"an id is not below {limits.vocab_size}")
+    check_ids("prompt_ids", request.prompt_ids, limits)
     check_stop_ids(request.stop, limits)
     if request.prompt_len + request.stop.max_tokens > limits.max_context_tokens:
         raise InvalidRequest("stop.max_tokens", f"exceeds {limits.max_context_tokens} in all")
@@ -31,5 +31,10 @@ def check_request(request: GenerationRequest, limits: ModelLimits) -> None:
 
 def check_stop_ids(stop: StopConditions, limits: ModelLimits) -> None:
     """Raises InvalidRequest when a stop id is outside the vocabulary."""
-    if stop.stop_token_ids and max(stop.stop_token_ids) >= limits.vocab_size:
-        raise InvalidRequest("stop.stop_token_ids", f"an id is not below {limits.vocab_size}")
+    check_ids("stop.stop_token_ids", stop.stop_token_ids, limits)
+
+
+def check_ids(field: str, ids: Collection[int], limits: ModelLimits) -> None:
+    """Raises InvalidRequest naming ``field`` when an id is outside the vocabulary."""
+    if ids and max(ids) >= limits.vocab_size:
+        raise InvalidRequest(field, f"an id is not below {limits.vocab_size}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from stateferry.cache.state_pool import StatePool
+from stateferry.cache.pools import SequencePools
 from stateferry.config import TransferSection
 from stateferry.core.errors import ConfigError
 from stateferry.transfer.limits import TransferLimits
 from stateferry.transfer.ucx import TUNED_VARIABLES, UcxSettings, UcxTransport
+from stateferry.worker.limits import ModelLimits
 
 
 def transfer_limits(section: TransferSection) -> TransferLimits:
@@ -27,11 +28,15 @@ def build_transport(section: TransferSection, host: str, port: int) -> UcxTransp
     return UcxTransport(UcxSettings(host=host, port=port, variables=variables))
 
 
-def check_handoff_fits(pool: StatePool, section: TransferSection) -> None:
-    """Raises ConfigError naming the limit that this model's largest state would exceed."""
-    needed = pool.max_sequence_bytes()
+def check_handoff_fits(pools: SequencePools, limits: ModelLimits, section: TransferSection) -> None:
+    """Raises ConfigError naming the limit that the largest hand-off would exceed."""
+    longest = limits.max_context_tokens
+    needed = pools.max_sequence_bytes(longest)
     for key in ("max_handoff_bytes", "staging_bytes"):
         allowed = getattr(section, key)
         if needed > allowed:
-            problem = f"{allowed} is less than the {needed} bytes that one state may take"
+            problem = (
+                f"{allowed} is less than the {needed} bytes that the state of "
+                f"model.max_context_tokens = {longest} may take"
+            )
             raise ConfigError(f"transfer.{key}", problem)

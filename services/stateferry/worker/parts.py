@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from stateferry.cache import state_cache
+from stateferry.cache.pools import build_pools, layout_fingerprint
+from stateferry.cache.sizing import size_pools
 from stateferry.cache.state_cache import StateCache
-from stateferry.cache.state_pool import StatePool, layout_fingerprint
 from stateferry.config import ModelSection, WorkerSection
-from stateferry.core.errors import ConfigError, ModelError
+from stateferry.core.eos import read_eos_token_ids
+from stateferry.core.errors import ConfigError, InvariantViolation, ModelError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.sampling import SamplingParams
 from stateferry.core.weight_files import weights_fingerprint
+from stateferry.core.worker import PoolSizes
 from stateferry.engine.forward_batch import (
     DecodeBatch,
     DecodeInput,
@@ -24,10 +26,14 @@ from stateferry.engine.forward_batch import (
     ExtendRow,
     SampleSpec,
 )
+from stateferry.engine.rules import RulesMaker
 from stateferry.engine.runner import ModelRunner
+from stateferry.guided.compiler import GuideCompiler
+from stateferry.models.model import Model
 from stateferry.models.registry import load_model
+from stateferry.worker.device import pick_device
 from stateferry.worker.limits import ModelLimits
-from stateferry_kernels.dispatch import BackendUnavailable, select_kernels
+from stateferry.worker.memory import automatic_budget_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +42,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """A loaded model with memory for ``max_requests`` sequences."""
+    """A loaded model with memory for ``sizes.sequences`` sequences."""
 
     runner: ModelRunner
     cache: StateCache
+    sizes: PoolSizes
     grid: int
     fingerprint: Fingerprint
     limits: ModelLimits
+    rules: RulesMaker
     kernels: str
 
 
@@ -60,37 +68,79 @@ def build_engine(
         raise ConfigError("model.dtype", f"{model.dtype!r} is none of {', '.join(_DTYPES)}")
     dtype = _DTYPES[model.dtype]
     torch.set_num_threads(worker.threads)
-    try:
-        kernels = select_kernels(None if worker.kernels == "auto" else worker.kernels)
-    except (ValueError, BackendUnavailable) as error:
-        raise ConfigError("worker.kernels", str(error)) from error
-    loaded = load_model(model_dir, dtype=dtype, kernels=kernels, progress=progress)
-    grid = model.grid_tokens or loaded.config.chunk_size
-    pool = StatePool(
-        loaded.config.geometry,
+    device, kernels = pick_device(worker)
+    loaded = load_model(model_dir, dtype=dtype, kernels=kernels, device=device, progress=progress)
+    grid = model.grid_tokens or loaded.chunk_size
+    sizes = _sizes(loaded, model, worker, grid, device)
+    _report(sizes)
+    pools = build_pools(
+        loaded.state_geometry,
+        loaded.kv_geometry,
+        sizes,
         grid=grid,
         dtype=dtype,
-        num_slots=state_cache.num_slots(worker.max_requests),
-        num_pages=state_cache.num_pages(worker.max_requests),
+        device=device,
     )
-    log.info("state pools: %d sequences, %.1f MB", worker.max_requests, pool.size_bytes() / 1e6)
-    runner, cache = ModelRunner(loaded, pool), StateCache(pool, worker.max_requests)
+    runner, cache = ModelRunner(loaded, pools, device), StateCache(pools, sizes.sequences)
     _try_out(runner, cache, grid)
     return EngineParts(
         runner=runner,
         cache=cache,
+        sizes=sizes,
         grid=grid,
         fingerprint=Fingerprint(
             protocol=PROTOCOL_VERSION,
             model=model.name or model_dir.name,
             weights=weights_fingerprint(model_dir),
-            layout=layout_fingerprint(loaded.config.geometry, grid, dtype),
+            layout=layout_fingerprint(
+                loaded.state_geometry,
+                loaded.kv_geometry,
+                grid=grid,
+                page_tokens=sizes.kv_page_tokens,
+                dtype=dtype,
+            ),
             grid=grid,
             dtype=model.dtype,
             numerics=kernels.numerics,
         ),
-        limits=ModelLimits(loaded.config.vocab_size, model.max_context_tokens),
+        limits=ModelLimits(loaded.vocab_size, model.max_context_tokens),
+        rules=_rules(model_dir, loaded.vocab_size),
         kernels=kernels.name,
+    )
+
+
+def _rules(model_dir: Path, vocab_size: int) -> RulesMaker:
+    eos_token_ids = read_eos_token_ids(model_dir, vocab_size)
+    return RulesMaker(GuideCompiler(model_dir / "tokenizer.json", vocab_size, eos_token_ids))
+
+
+def _sizes(
+    loaded: Model, model: ModelSection, worker: WorkerSection, grid: int, device: torch.device
+) -> PoolSizes:
+    return size_pools(
+        loaded.state_geometry,
+        loaded.kv_geometry,
+        grid=grid,
+        dtype=loaded.dtype,
+        max_sequences=worker.max_requests,
+        max_context_tokens=model.max_context_tokens,
+        budget_bytes=worker.memory_bytes or automatic_budget_bytes(device),
+    )
+
+
+def _report(sizes: PoolSizes) -> None:
+    log.info(
+        "memory for %d sequences, %.1f MB: %d state slots of %d bytes, %d tail pages of %d bytes, "
+        "%d KV pages of %d bytes and %d tokens",
+        sizes.sequences,
+        sizes.size_bytes / 1e6,
+        sizes.state_slots,
+        sizes.state_slot_bytes,
+        sizes.tail_pages,
+        sizes.tail_page_bytes,
+        sizes.kv_pages,
+        sizes.kv_page_bytes,
+        sizes.kv_page_tokens,
     )
 
 
@@ -100,7 +150,8 @@ def _try_out(runner: ModelRunner, cache: StateCache, grid: int) -> None:
     It also pays for what a process does only once. Raises ModelError when no token comes out.
     """
     spec = SampleSpec(SamplingParams(0.0, 0, 1.0, 0, None), index=0)
-    cache.reserve("try-out")
+    if not cache.reserve("try-out", num_tokens=grid + 2):
+        raise InvariantViolation("the pools of an idle worker are full")
     lease = cache.lease("try-out")
     tokens = runner.extend(ExtendBatch((ExtendRow(lease, (0,) * (grid + 1), spec),)))
     tokens += runner.decode(DecodeBatch((DecodeInput(lease, 0, spec),)))

@@ -1,0 +1,1 @@
+"""Outputs of a given form: JSON schemas, expressions and grammars, through llguidance."""
