@@ -55,7 +55,11 @@ class ClusterSection:
 class ModelSection:
     """Which model is served, and how its state is laid out."""
 
-    dir: str = _setting("", "Hugging Face model directory. Empty: the bundled model.")
+    dir: str = _setting(
+        "",
+        "Hugging Face model directory, or hub id (owner/model, owner/model@revision). "
+        "Empty: the bundled model.",
+    )
     name: str = _setting("", "Name that clients see. Empty: the directory's name.")
     dtype: str = _setting("float32", "Weights and activations: float32 or bfloat16.")
     grid_tokens: int = _setting(

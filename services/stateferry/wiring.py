@@ -20,8 +20,9 @@ import stateferry
 from stateferry.bundled import bundled_model_dir
 from stateferry.config import Config, ModelSection
 from stateferry.core.cluster_key import ClusterKey
-from stateferry.core.errors import ConfigError
+from stateferry.core.errors import ConfigError, ModelError
 from stateferry.core.ids import Role
+from stateferry.models.hub import hub_directory, is_hub_id
 from stateferry.telemetry.exporter import start_exporter
 from stateferry.telemetry.logs import configure_logging
 from stateferry.telemetry.metrics import WorkerMetrics, new_registry, set_build_info
@@ -54,10 +55,14 @@ def run_process(role: str, config: Config, ready_file: Path | None) -> None:
 
 
 def model_directory(section: ModelSection) -> Path:
-    """The directory to serve. Raises ConfigError when it does not hold a model."""
+    """The directory to serve, fetched from the hub if it is named by a hub id. Raises ConfigError
+    when it does not hold a model."""
     try:
-        path = Path(section.dir).expanduser() if section.dir else bundled_model_dir()
-    except ValueError as error:
+        if is_hub_id(section.dir):
+            path = hub_directory(section.dir)
+        else:
+            path = Path(section.dir).expanduser() if section.dir else bundled_model_dir()
+    except (ModelError, ValueError) as error:
         raise ConfigError("model.dir", str(error)) from error
     if not (path / "config.json").is_file():
         raise ConfigError("model.dir", f"{path} holds no config.json")
