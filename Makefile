@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels clean
+.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels gpu-report clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,7 +62,7 @@ serve: $(RUNTIME) ## A cluster on this machine, until Ctrl-C; ARGS="--decode 2"
 test: $(DEV) ## All tests but the slow ones and those that need a GPU
 	@$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: $(DEV) ## The slow tests; there are none yet
+test-slow: $(DEV) ## The slow tests
 	@$(RUN) -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 check: $(DEV) ## Format, lint, types, layout, contracts, generated files
@@ -72,7 +72,8 @@ check: $(DEV) ## Format, lint, types, layout, contracts, generated files
 	@$(RUN) -m pytest -q tests/house
 
 NATIVE_TESTS := $(addprefix tests/kernels/test_,one_order.py verify_order.py threads.py \
-  elementwise.py against_reference.py reference_backend.py native_guards.py)
+  elementwise.py against_reference.py reference_backend.py native_guards.py attention.py \
+  attention_order.py rotary.py activation.py)
 
 check-native: $(DEV) ## The CPU kernels' tests under the address and undefined-behaviour sanitizers
 	@variant=$$(PYTHONPATH=kernels $(RUN) -c "from stateferry_kernels.native.library import \
@@ -101,6 +102,14 @@ bench: ## List the benchmarks
 
 bench-kernels: $(BENCH) ## CPU kernels against this machine's ceilings; ARGS="--quick --vllm-python PATH"
 	@PYTHONPATH=tests $(RUN) -m bench.kernels $(ARGS)
+
+# A GPU host has a python with torch of its own.
+GPU_PYTHON ?= python3
+GPU_OUT ?= out/gpu
+
+gpu-report: ## On a GPU host: the kernels' tests, then benchmarks; ARGS="--peers DIR --quick"
+	@PYTHONPATH=kernels:services:tests$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -P -m bench.gpu \
+	  --out $(GPU_OUT) $(ARGS)
 
 clean: ## Remove caches and build output; .venv stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis services/*.egg-info

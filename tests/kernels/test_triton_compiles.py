@@ -97,15 +97,48 @@ compile_for_h100(_slots_kernel, steps_ptr=None, NUM_STEPS=1, **pools, **nothing,
 print("compiled")
 """
 
+GRID_FORM = """
+import triton.language as tl
+from support.sm90 import compile_for_h100
+from stateferry_kernels.ssd import triton_scan_kernels as scan
+from stateferry_kernels.ssd.triton_scan_tiles import scan_tile
+from stateferry_kernels.state_update import triton_decode_kernels as decode
 
-def test_compiles_for_an_h100(tmp_path: Path) -> None:
+served = dict(
+    x_ptr="*bf16", B_ptr="*bf16", C_ptr="*bf16", z_ptr=None, out_ptr="*bf16", D_ptr="*fp32",
+    tail_x_ptr="*bf16", tail_B_ptr="*bf16", tail_dt_ptr="*fp32", state_ptr="*fp32",
+    starts_ptr="*bf16", dt_ptr="*fp32", cumsum_ptr="*fp32", walks_ptr="*i64",
+    intervals_ptr="*i64", rows_ptr="*i64", weights_ptr="*bf16", growth_ptr="*fp32",
+    A_ptr="*fp32", bias_ptr="*fp32", dt_low="fp32", dt_high="fp32", SOFTPLUS=True,
+    tail_x_stride="i64", tail_B_stride="i64", tail_dt_stride="i64", state_stride="i64",
+    NUM_COLUMNS=8, DOT=tl.bfloat16, DIRECT=False, GRID=64, BLOCK_T=64,
+)
+for heads, P, N, group in ((128, 64, 128, 128), (128, 80, 128, 16)):
+    tile = scan_tile(2, P, N, 64, group)
+    shape = served | dict(NHEADS=heads, HEADDIM=P, DSTATE=N, PER_GROUP=group)
+    compile_for_h100(
+        scan.starts_kernel, num_warps=tile.starts_warps, num_stages=tile.starts_stages,
+        BLOCK_P=tile.starts_headdim, BLOCK_N=tile.starts_dstate, **shape,
+    )
+    compile_for_h100(
+        scan.outputs_kernel, num_warps=tile.num_warps, num_stages=1, HEADS=tile.heads,
+        BLOCK_P=tile.block_headdim, REST_P=tile.rest, BLOCK_R=tile.block_rows, BLOCK_N=N, **shape,
+    )
+compile_for_h100(decode.decode_weights_kernel, BLOCK_H=16, BLOCK_N=N, **shape)
+compile_for_h100(decode.decode_rows_kernel, BLOCK_P=32, BLOCK_N=N, **shape)
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("program", [PROGRAM, GRID_FORM], ids=["rest", "grid form"])
+def test_compiles_for_an_h100(tmp_path: Path, program: str) -> None:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("kernels", "tests")),
         "TRITON_CACHE_DIR": str(tmp_path),
     }
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env=environment,
         capture_output=True,
         text=True,

@@ -15,7 +15,9 @@ from triton.backends.compiler import GPUTarget
 TARGET = GPUTarget("cuda", 90, 32)
 
 
-def compile_for_h100(kernel: Any, *, num_warps: int = 4, **arguments: Any) -> Any:
+def compile_for_h100(
+    kernel: Any, *, num_warps: int = 4, num_stages: int = 3, **arguments: Any
+) -> Any:
     """The compiled kernel. arguments: for constexprs and absent pointers their value, for pointers
     and numbers their type ("*bf16", "i32", "fp32"); numbers that are left out are i32. Pointers and
     strides are multiples of 16, as they are in a pool."""
@@ -35,7 +37,8 @@ def compile_for_h100(kernel: Any, *, num_warps: int = 4, **arguments: Any) -> An
     source = triton.compiler.ASTSource(
         fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes
     )
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=TARGET, options=options)
     assert _stack_bytes(compiled.asm["cubin"]) == 0, f"{kernel.fn.__name__} spills registers"
     return compiled
 

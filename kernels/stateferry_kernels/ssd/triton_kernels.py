@@ -14,7 +14,8 @@ Bytes moved per token and layer, in elements of 2 bytes (bf16) for x, z, out, B,
 (H heads, P headdim, N dstate, G groups):
   chunk scan   2 H P 3 (x, z, out) + 2 G N 2 (B, C; each head reads them again, from L2)
                + H (2 raw dt + 8 written and 8 read for dt and its running sum)
-               + H P N state bytes per listed boundary; no dense states, no second pass
+               + H P N state bytes per listed boundary; no dense states, no second pass (shapes
+               that triton_scan_kernels.py serves spend bytes on states instead, and less time)
                Mamba-2 2.7b (H 80, P 64, N 128, G 1): 30720 + 512 + 1440 = 33 kB
   decode row   H P N state bytes read once, none written, and the tail's rows:
                t (2 H P + 2 G N + 4 H) for t = tail_rows; 2.6 MB + t 10.8 kB, with fp32 states
@@ -26,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stateferry_kernels.triton_math import round_to, silu, softplus
+from stateferry_kernels.triton_math import LOG2_E, exp2, round_to, silu, softplus
 
 
 @triton.jit
@@ -35,6 +36,25 @@ def _batch_rows(paths_ptr, first, k, mask):
     if paths_ptr is not None:
         return tl.load(paths_ptr + first + k, mask=mask, other=0)
     return first + k
+
+
+@triton.jit
+def _processed(raw, dt_low, dt_high, SOFTPLUS: tl.constexpr):
+    """dt of a raw one with its bias."""
+    if SOFTPLUS:
+        raw = softplus(raw)
+    return tl.minimum(tl.maximum(raw, dt_low), dt_high)
+
+
+@triton.jit
+def _running_sum(total, dt, A, row, k):
+    """total + the sum of dt A over the entries k up to each row, (rows, heads), in powers of two.
+
+    A product with a triangle of ones: in fp32 that adds one entry after the other, in their order,
+    however the threads share the work. A scan would add them as a tree.
+    """
+    ones = tl.where(row[:, None] >= k[None, :], 1.0, 0.0)
+    return tl.dot(ones, dt * (A * LOG2_E), total, input_precision="ieee")
 
 
 @triton.jit
@@ -59,12 +79,8 @@ def decay_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Each interval's processed dt, zero where no entry is, and the running sum of dt A, both
-    (num_intervals, GRID, NHEADS) fp32.
-
-    The sum is a product with a triangle of ones: in fp32 that adds one entry after the other, in
-    their order, however the threads share the work. A scan would add them as a tree.
-    """
+    """Each interval's processed dt, zero where no entry is, and the running sum of dt A in
+    powers of two, both (num_intervals, NHEADS, GRID) fp32."""
     NUM_BLOCKS: tl.constexpr = (NHEADS + BLOCK_H - 1) // BLOCK_H
     interval = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     head = tl.program_id(0) % NUM_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -75,7 +91,7 @@ def decay_kernel(
     first = tl.load(entry + 3)
     count = tl.load(entry + 4)
     A = tl.load(A_ptr + head, mask=head < NHEADS, other=0.0)[None, :]
-    place = interval * GRID
+    place = interval * NHEADS
     for begin in range(0, GRID, BLOCK_T):
         row = begin + tl.arange(0, BLOCK_T)
         total = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
@@ -92,13 +108,9 @@ def decay_kernel(
                 raw = tl.load(raw, mask=new, other=0.0).to(tl.float32)
                 if bias_ptr is not None:
                     raw += tl.load(bias_ptr + head, mask=head < NHEADS, other=0.0)[None, :]
-                if SOFTPLUS:
-                    raw = softplus(raw)
-                raw = tl.minimum(tl.maximum(raw, dt_low), dt_high)
-                dt = tl.where(new, raw, dt)
-            ones = tl.where(row[:, None] >= k[None, :], 1.0, 0.0)
-            total = tl.dot(ones, dt * A, total, input_precision="ieee")
-        places = (place + row)[:, None] * NHEADS + head[None, :]
+                dt = tl.where(new, _processed(raw, dt_low, dt_high, SOFTPLUS), dt)
+            total = _running_sum(total, dt, A, row, k)
+        places = (place + head)[None, :] * GRID + row[:, None]
         mask = (row < GRID)[:, None] & in_heads
         tl.store(dt_out_ptr + places, dt, mask=mask)
         tl.store(cumsum_ptr + places, total, mask=mask)
@@ -127,7 +139,6 @@ def _entries(
 def _block(
     k,
     where,
-    NHEADS: tl.constexpr,
     GRID: tl.constexpr,
     X_SIZE: tl.constexpr,
     B_SIZE: tl.constexpr,
@@ -141,27 +152,42 @@ def _block(
     rows = _batch_rows(paths_ptr, first, k - old_rows, (k >= old_rows) & (k < count))
     x = _entries(x_ptr, tail_x, rows, k, old_rows, count, x_stride, X_SIZE, channel, in_p, DOT)
     B = _entries(B_ptr, tail_B, rows, k, old_rows, count, B_stride, B_SIZE, group, in_n, DOT)
-    dt = tl.load(dt_row + k * NHEADS, mask=k < GRID, other=0.0)
-    cumsum = tl.load(cumsum_row + k * NHEADS, mask=k < GRID, other=0.0)
+    dt = tl.load(dt_row + k, mask=k < GRID, other=0.0)
+    cumsum = tl.load(cumsum_row + k, mask=k < GRID, other=0.0)
     return x, B, dt, cumsum
+
+
+@triton.jit
+def _weights(CB, row_cumsum, cumsum, dt, row, k):
+    """What each row takes of each entry k's x, (rows, entries)."""
+    later = k[None, :] > row[:, None]
+    log_decay = tl.where(later, -float("inf"), row_cumsum[:, None] - cumsum[None, :])
+    return CB * exp2(log_decay) * dt[None, :]
 
 
 @triton.jit
 def _within(total, C, B, x, row_cumsum, cumsum, dt, row, k, DOT: tl.constexpr):
     """total + what the entries k add to the rows, (rows, headdim)."""
     CB = tl.dot(C, tl.trans(B), input_precision="ieee")
-    later = k[None, :] > row[:, None]
-    log_decay = tl.where(later, -float("inf"), row_cumsum[:, None] - cumsum[None, :])
-    weights = CB * tl.exp(log_decay) * dt[None, :]
+    weights = _weights(CB, row_cumsum, cumsum, dt, row, k)
     return tl.dot(weights.to(DOT), x, total, input_precision="ieee")
 
 
 @triton.jit
 def _added(total, x, B, last, cumsum, dt, DOT: tl.constexpr):
-    """total + what the entries add to the state, (headdim, dstate)."""
-    weights = tl.exp(last - cumsum) * dt
-    weighted = (x.to(tl.float32) * weights[:, None]).to(DOT)
-    return tl.dot(tl.trans(weighted), B, total, input_precision="ieee")
+    """total + what the entries add to the state, (headdim, dstate).
+
+    A product of bf16 would leave the state 8 bits of x times its weight; two hold 16, and a state
+    lives long. The first 8 are cut off, not rounded, which is an instruction less, and taken from
+    the result of an fma, which no compiler can join with the difference in one kernel alone.
+    """
+    weights = tl.broadcast_to((exp2(last - cumsum) * dt)[:, None], x.shape)
+    weighted = tl.fma(x.to(tl.float32), weights, tl.zeros_like(weights))
+    if DOT == tl.float32:  # noqa: SIM300
+        return tl.dot(tl.trans(weighted), B, total, input_precision="ieee")
+    high = (weighted.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    total = tl.dot(tl.trans(high.to(DOT)), B, total, input_precision="ieee")
+    return tl.dot(tl.trans((weighted - high).to(DOT)), B, total, input_precision="ieee")
 
 
 @triton.jit
@@ -235,8 +261,8 @@ def walk_kernel(
         slot, page, old_rows, first, count, first_row, boundary_slot, carries_on = _fields(entry)
         tail_x = tail_x_ptr + page * tail_x_stride
         tail_B = tail_B_ptr + page * tail_B_stride
-        dt_row = dt_ptr + interval * (GRID * NHEADS) + head
-        cumsum_row = cumsum_ptr + interval * (GRID * NHEADS) + head
+        decays = (interval * NHEADS + head) * GRID
+        dt_row, cumsum_row = dt_ptr + decays, cumsum_ptr + decays
         if slot >= 0:
             old_states = state_ptr + slot * state_stride + states
             S = tl.load(old_states, mask=in_state, other=0.0).to(tl.float32)
@@ -246,7 +272,7 @@ def walk_kernel(
         extent = (old_rows, first, count, x_stride, B_stride)
         where = (sources, extent, columns)
         if ONE_BLOCK:
-            x, B, dt, cumsum = _block(k, where, NHEADS, GRID, X_SIZE, B_SIZE, DOT)
+            x, B, dt, cumsum = _block(k, where, GRID, X_SIZE, B_SIZE, DOT)
 
         if out_ptr is not None:
             S_dot = tl.trans(S.to(DOT))
@@ -257,9 +283,7 @@ def walk_kernel(
                 in_C = is_row[:, None] & in_n[None, :]
                 C = tl.load(C_ptr + places * C_stride + group[None, :], mask=in_C, other=0.0)
                 C = C.to(DOT)
-                row_cumsum = tl.load(
-                    cumsum_row + row * NHEADS, mask=row < GRID, other=-float("inf")
-                )
+                row_cumsum = tl.load(cumsum_row + row, mask=row < GRID, other=-float("inf"))
                 mask = is_row[:, None] & in_p[None, :]
                 # Before the products, so that they need not wait for one memory after the other.
                 if D_ptr is not None:
@@ -273,12 +297,10 @@ def walk_kernel(
                     y = _within(y, C, B, x, row_cumsum, cumsum, dt, row, k, DOT)
                 else:
                     for block in range(0, row_begin + BLOCK_R, BLOCK_T):
-                        xb, Bb, dtb, cb = _block(
-                            block + k, where, NHEADS, GRID, X_SIZE, B_SIZE, DOT
-                        )
+                        xb, Bb, dtb, cb = _block(block + k, where, GRID, X_SIZE, B_SIZE, DOT)
                         y = _within(y, C, Bb, xb, row_cumsum, cb, dtb, row, block + k, DOT)
                 before = tl.dot(C, S_dot, input_precision="ieee")
-                grown = tl.broadcast_to(tl.exp(row_cumsum)[:, None], (BLOCK_R, BLOCK_P))
+                grown = tl.broadcast_to(exp2(row_cumsum)[:, None], (BLOCK_R, BLOCK_P))
                 y = tl.fma(before, grown, y)
                 if D_ptr is not None:
                     y = tl.fma(tl.load(D_ptr + head) + tl.zeros_like(y), own, y)
@@ -289,17 +311,15 @@ def walk_kernel(
 
         if FOLDS:  # noqa: SIM102
             if carries_on != 0:
-                last = tl.load(cumsum_row + (GRID - 1) * NHEADS)
+                last = tl.load(cumsum_row + GRID - 1)
                 added = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
                 if ONE_BLOCK:
                     added = _added(added, x, B, last, cumsum, dt, DOT)
                 else:
                     for block in range(0, GRID, BLOCK_T):
-                        xb, Bb, dtb, cb = _block(
-                            block + k, where, NHEADS, GRID, X_SIZE, B_SIZE, DOT
-                        )
+                        xb, Bb, dtb, cb = _block(block + k, where, GRID, X_SIZE, B_SIZE, DOT)
                         added = _added(added, xb, Bb, last, cb, dtb, DOT)
-                S = tl.fma(S, tl.exp(last) + tl.zeros_like(S), added)
+                S = tl.fma(S, exp2(last) + tl.zeros_like(S), added)
                 rounded = round_to(S, state_ptr.dtype.element_ty)
                 S = rounded.to(tl.float32)
                 if boundary_slot >= 0:

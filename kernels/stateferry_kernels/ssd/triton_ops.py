@@ -1,4 +1,4 @@
-"""The chunk scan in Triton: one program per sequence, head and block of headdim."""
+"""The chunk scan in Triton: its own kernels where they are tuned, elsewhere the walk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from stateferry_kernels.device_tables import device_table
 from stateferry_kernels.guards import check_extend_plan, check_ssm_inputs
 from stateferry_kernels.layer_state import PAD_SLOT, LayerState, SsmLayerParams
 from stateferry_kernels.plans import ExtendPlan, ExtendSequence
+from stateferry_kernels.ssd.triton_scan import launch_scan
 from stateferry_kernels.ssd.triton_walk import (
     CARRY_ON,
     Batch,
     Interval,
     Walks,
-    launch_walks,
     walk_tables,
 )
 from stateferry_kernels.state_update.triton_rows import leave_rows
@@ -44,7 +44,7 @@ def chunk_scan(
     if not plan.sequences:
         return
     walks, left = _tables(plan, x.device)
-    processed = launch_walks(walks, batch, params, state)
+    processed = launch_scan(walks, batch, params, state)
     # Apart from the walks, of which many read the rows that it overwrites.
     leave_rows(left, batch, processed, state.tail_x, state.tail_B, state.tail_dt)
 

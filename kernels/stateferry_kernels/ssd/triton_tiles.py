@@ -48,16 +48,16 @@ def grid_form_tile(
         limited = zip(limits, shape, strict=True)
         if all(limit is None or size <= limit for limit, size in limited):
             return GridFormTile(
-                min(block_headdim, _block(headdim)),
-                min(block_tokens, _block(grid)),
-                min(block_rows, _block(grid)),
+                min(block_headdim, covering_block(headdim)),
+                min(block_tokens, covering_block(grid)),
+                min(block_rows, covering_block(grid)),
                 num_warps,
                 num_stages,
             )
     raise ValueError(f"{_TABLE.name}: no row for {shape}")
 
 
-def _block(size: int) -> int:
+def covering_block(size: int) -> int:
     """The smallest block that covers size."""
     return max(_SMALLEST_DOT, 1 << (size - 1).bit_length())
 

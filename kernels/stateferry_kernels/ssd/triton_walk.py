@@ -19,6 +19,8 @@ from stateferry_kernels.ssd.triton_tiles import grid_form_tile
 
 CARRY_ON = -1
 _DECAY_HEADS = 16
+# Elements from row to row of a batch: an interval's rows then span less than 2**31.
+_LARGEST_STRIDE = 2**23
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +96,18 @@ class Batch:
         return cls(_packed(x), dt, _packed(B), _packed(C), None if z is None else _packed(z), out)
 
 
-def launch_walks(
-    walks: Walks, batch: Batch | None, params: SsmLayerParams, state: LayerState
-) -> torch.Tensor:
-    """Evaluate the intervals' rows into ``batch.out`` and write their boundaries to ssm_state.
-
-    Returns processed dt (num_intervals, grid, nheads) fp32, zero where an interval has no entry.
-    """
-    _, nheads, headdim, dstate = state.ssm_state.shape
-    grid, ngroups = state.grid, state.tail_B.shape[2]
-    device = state.ssm_state.device
-    num_intervals = len(walks.intervals)
-    dt, cumsum = torch.empty(2, num_intervals, grid, nheads, device=device).unbind()
-    products = _dot_dtype(state.tail_x.dtype)
-    work = len(walks.walks) * nheads
-    tile = grid_form_tile(products.primitive_bitwidth // 8, headdim, dstate, grid, walks.rows, work)
-    shared = {"NHEADS": nheads, "GRID": grid, "NUM_COLUMNS": walks.intervals.shape[1]}
+def launch_decays(
+    walks: Walks,
+    batch: Batch | None,
+    params: SsmLayerParams,
+    state: LayerState,
+    block_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each interval's processed dt and the running sum of dt A, both (num_intervals, nheads, grid)
+    fp32; dt is zero where an interval has no entry."""
+    nheads, num_intervals = state.ssm_state.shape[1], len(walks.intervals)
+    size = (2, num_intervals, nheads, state.grid)
+    dt, cumsum = torch.empty(size, dtype=torch.float32, device=state.ssm_state.device).unbind()
     decay_kernel[(num_intervals * math.ceil(nheads / _DECAY_HEADS),)](
         None if batch is None else batch.dt,
         params.dt_bias,
@@ -122,11 +120,29 @@ def launch_walks(
         *((0, 0) if batch is None else batch.dt.stride()),
         state.tail_dt.stride(0),
         *params.dt_limit,
+        NHEADS=nheads,
+        GRID=state.grid,
+        NUM_COLUMNS=walks.intervals.shape[1],
         SOFTPLUS=params.dt_softplus,
         BLOCK_H=_DECAY_HEADS,
-        BLOCK_T=tile.block_tokens,
-        **shared,
+        BLOCK_T=block_tokens,
     )
+    return dt, cumsum
+
+
+def launch_walks(
+    walks: Walks, batch: Batch | None, params: SsmLayerParams, state: LayerState
+) -> torch.Tensor:
+    """Evaluate the intervals' rows into ``batch.out`` and write their boundaries to ssm_state.
+
+    Returns processed dt as ``launch_decays``.
+    """
+    _, nheads, headdim, dstate = state.ssm_state.shape
+    grid, ngroups = state.grid, state.tail_B.shape[2]
+    products = dot_dtype(state.tail_x.dtype)
+    work = len(walks.walks) * nheads
+    tile = grid_form_tile(products.primitive_bitwidth // 8, headdim, dstate, grid, walks.rows, work)
+    dt, cumsum = launch_decays(walks, batch, params, state, tile.block_tokens)
     tensors = (None,) * 5 if batch is None else (batch.x, batch.B, batch.C, batch.z, batch.out)
     walk_kernel[(len(walks.walks) * nheads * math.ceil(headdim / tile.block_headdim),)](
         *tensors,
@@ -143,23 +159,30 @@ def launch_walks(
         state.tail_x.stride(0),
         state.tail_B.stride(0),
         state.ssm_state.stride(0),
+        NHEADS=nheads,
         HEADDIM=headdim,
         DSTATE=dstate,
         PER_GROUP=nheads // ngroups,
+        GRID=grid,
+        NUM_COLUMNS=walks.intervals.shape[1],
         FOLDS=walks.folds,
         DOT=products,
         BLOCK_P=tile.block_headdim,
-        BLOCK_N=max(16, triton.next_power_of_2(dstate)),
+        BLOCK_N=state_block(dstate),
         BLOCK_T=tile.block_tokens,
         BLOCK_R=tile.block_rows,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **shared,
     )
     return dt
 
 
-def _dot_dtype(activation: torch.dtype) -> tl.dtype:
+def state_block(dstate: int) -> int:
+    """The block that covers a row of the state: what products take, at least."""
+    return max(16, 1 << (dstate - 1).bit_length())
+
+
+def dot_dtype(activation: torch.dtype) -> tl.dtype:
     """What products take: the activations' own dtype, but Triton's interpreter takes bf16 for
     integers."""
     if activation == torch.float32 or triton.knobs.runtime.interpret:
@@ -168,6 +191,8 @@ def _dot_dtype(activation: torch.dtype) -> tl.dtype:
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
+    if tensor.stride(0) > _LARGEST_STRIDE:
+        return False
     expected = 1
     for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
         if size != 1 and stride != expected:

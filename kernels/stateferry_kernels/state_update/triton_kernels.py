@@ -25,10 +25,11 @@ def leave_rows_kernel(
     X: tl.constexpr,
     B: tl.constexpr,
     NHEADS: tl.constexpr,
+    GRID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of a batch to rows of pages. Rows of the table: row of x and B, row of dt, page, row.
-    X and B: elements of a row."""
+    """Rows of a batch to rows of pages. Rows of the table: row of x and B, interval * GRID + row of
+    dt (num_intervals, NHEADS, GRID), page, row. X and B: elements of a row."""
     NUM_BLOCKS: tl.constexpr = (max(X, max(B, NHEADS)) + BLOCK - 1) // BLOCK
     entry = table_ptr + (tl.program_id(0) // NUM_BLOCKS).to(tl.int64) * 4
     token = tl.load(entry)
@@ -40,7 +41,7 @@ def leave_rows_kernel(
     tl.store(to_x_ptr + page * to_x_stride + row * X + i, x, mask=i < X)
     b = tl.load(B_ptr + token * B_stride + i, mask=i < B)
     tl.store(to_B_ptr + page * to_B_stride + row * B + i, b, mask=i < B)
-    dt = tl.load(dt_ptr + place * NHEADS + i, mask=i < NHEADS)
+    dt = tl.load(dt_ptr + (place // GRID * NHEADS + i) * GRID + place % GRID, mask=i < NHEADS)
     tl.store(to_dt_ptr + page * to_dt_stride + row * NHEADS + i, dt, mask=i < NHEADS)
 
 

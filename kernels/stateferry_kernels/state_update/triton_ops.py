@@ -26,6 +26,7 @@ from stateferry_kernels.guards import (
 from stateferry_kernels.layer_state import DraftRows, LayerState, SsmLayerParams
 from stateferry_kernels.plans import CommitPlan, DecodePlan
 from stateferry_kernels.ssd.triton_walk import Batch, launch_walks
+from stateferry_kernels.state_update.triton_decode import decode_tile, launch_decode
 from stateferry_kernels.state_update.triton_rows import (
     leave_rows,
     move_rows,
@@ -34,6 +35,7 @@ from stateferry_kernels.state_update.triton_rows import (
 from stateferry_kernels.state_update.triton_tables import (
     accept_tables,
     commit_tables,
+    decode_rows,
     decode_tables,
     verify_tables,
 )
@@ -59,9 +61,14 @@ def decode_row(
     check_ssm_inputs(x, dt, B, C, z, out, params, state, len(plan.state_slots))
     check_decode_plan(plan, state)
     batch = Batch.of(x, dt, B, C, z, out)
-    tables = decode_tables(plan, x.device)
-    if not len(tables.left):
+    rows = decode_rows(plan, x.device)
+    if not len(rows):
         return
+    tile = decode_tile(state, len(rows))
+    if tile is not None:
+        launch_decode(rows, batch, params, state, tile)
+        return
+    tables = decode_tables(plan, x.device)
     processed = launch_walks(tables.walks, batch, params, state)
     leave_rows(tables.left, batch, processed, state.tail_x, state.tail_B, state.tail_dt)
 

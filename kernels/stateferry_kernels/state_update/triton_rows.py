@@ -31,7 +31,7 @@ def leave_rows(
     to_dt: torch.Tensor,
 ) -> None:
     """Write a batch's rows to pages: table (num_rows, 4) int64 of row in the batch, row of
-    processed_dt (.., nheads), page, row in the page."""
+    processed_dt (num_intervals, nheads, grid) counted through all intervals, page, row in it."""
     if not len(table):
         return
     nheads = to_dt.shape[2]
@@ -52,6 +52,7 @@ def leave_rows(
         X=x_size,
         B=B_size,
         NHEADS=nheads,
+        GRID=processed_dt.shape[2],
         BLOCK=_BLOCK,
     )
 

@@ -34,6 +34,18 @@ class AcceptTables(NamedTuple):
     after: torch.Tensor
 
 
+def decode_rows(plan: DecodePlan, device: torch.device) -> torch.Tensor:
+    """(num_rows, 4) int64 of the rows that are not padding: row in the batch, state slot, tail
+    page, tail row."""
+    key = f"decode_rows_triton:{device}"
+    if key not in plan.cache:
+        columns = zip(plan.state_slots, plan.tail_pages, plan.tail_rows, strict=True)
+        rows = [(i, *row) for i, row in enumerate(columns) if row[0] != PAD_SLOT]
+        plan.cache[key] = device_table(rows, 4, device)
+    table: torch.Tensor = plan.cache[key]
+    return table
+
+
 def decode_tables(plan: DecodePlan, device: torch.device) -> RowTables:
     key = f"decode_triton:{device}"
     if key not in plan.cache:

@@ -1,0 +1,63 @@
+"""Which form and tiles the chunk scan takes: looked up, never tried out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from stateferry_kernels.ssd.triton_tiles import covering_block
+
+_TABLE = Path(__file__).parents[1] / "tuning" / "chunk_scan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SplitTile:
+    """Two kernels: the states that intervals begin with, then all rows.
+
+    Raises ValueError for tiles that Triton compiles into wrong results on sm90: of 64 rows, in
+    pipelined stages, by whole warp groups. The second kernel has one stage for that reason (with
+    three it gave NaN for headdim 80).
+    """
+
+    starts_headdim: int
+    starts_dstate: int
+    starts_warps: int
+    starts_stages: int  # of its pipeline
+    heads: int  # of one group, that share a product C . B
+    block_headdim: int
+    rest: int  # a smaller block for the channels after the first block_headdim; 0 for none
+    block_rows: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        by_warp_groups = self.starts_warps % 4 == 0 and self.starts_stages > 1
+        if by_warp_groups and self.starts_headdim % 64 == 0:
+            raise ValueError(f"{self}: Triton miscompiles these on sm90")
+
+
+@lru_cache(maxsize=4096)
+def scan_tile(
+    product_bytes: int, headdim: int, dstate: int, grid: int, per_group: int
+) -> SplitTile | None:
+    """The tiles for per_group heads in a group; None where only the walk of the grid form is there:
+    shapes that nobody has tried these kernels on. product_bytes: of an element that products
+    take."""
+    for *shape, up_to_grid, numbers in _rows():
+        if shape == [product_bytes, headdim, dstate] and grid <= up_to_grid:
+            tile = SplitTile(*numbers)
+            return replace(
+                tile,
+                heads=math.gcd(tile.heads, per_group),
+                block_rows=min(tile.block_rows, covering_block(grid)),
+            )
+    return None
+
+
+@cache
+def _rows() -> list[list[Any]]:
+    rows: list[list[Any]] = json.loads(_TABLE.read_text())["rows"]
+    return rows
