@@ -24,7 +24,8 @@ class BuildWithKernels(build_py):
         editable = getattr(self, "editable_mode", False)
         target = NATIVE if editable else Path(self.build_lib) / "stateferry_kernels/native"
         try:
-            builder.build(target)
+            # Installing one more extra finds the kernels there already.
+            builder.build(target, stale_only=editable)
         except builder.BuildFailed as error:
             # Serving still works on torch operations, and says at start what that costs.
             print(f"warning: the CPU kernels were not built: {error}", file=sys.stderr)

@@ -179,3 +179,11 @@ def test_plain_cpp_gives_the_same_bits(tmp_path: Path) -> None:
     chosen = next(v for v in variants if v.machine == loaded.machine)
     build.build(tmp_path, portable=True, only=chosen.name)
     assert digests(tmp_path, chosen) == digests(library._directory, chosen)
+
+
+def test_what_is_newer_than_its_sources_is_left_alone(tmp_path: Path) -> None:
+    variant = next(iter(build.FLAGS[platform.machine()]))
+    built = tmp_path / f"libstateferry_{variant}.so"
+    built.write_bytes(b"as it was")
+    assert build.build(tmp_path, only=variant, stale_only=True) == [built]
+    assert built.read_bytes() == b"as it was"

@@ -50,12 +50,18 @@ def compiler() -> str:
 
 
 def build(
-    directory: Path, *, sanitize: bool = False, portable: bool = False, only: str | None = None
+    directory: Path,
+    *,
+    sanitize: bool = False,
+    portable: bool = False,
+    only: str | None = None,
+    stale_only: bool = False,
 ) -> list[Path]:
     """Compile every variant for this machine into ``directory``, or ``only`` that one; returns the
     files.
 
-    ``portable`` makes each variant from the plain C++ form. Raises BuildFailed.
+    ``portable`` makes each variant from the plain C++ form; ``stale_only`` leaves alone what is
+    newer than all sources. Raises BuildFailed.
     """
     known = FLAGS.get(platform.machine(), {})
     variants = {name: flags for name, flags in known.items() if only in (None, name)}
@@ -63,9 +69,12 @@ def build(
         raise BuildFailed(f"no variant {only or ''} for {platform.machine()}".replace("  ", " "))
     program = compiler()
     directory.mkdir(parents=True, exist_ok=True)
+    changed = max(file.stat().st_mtime for file in (*_SOURCE.iterdir(), Path(__file__)))
 
     def compile_one(variant: str) -> Path:
         target = directory / f"libstateferry_{variant}.so"
+        if stale_only and target.exists() and target.stat().st_mtime > changed:
+            return target
         part = target.with_suffix(".part")
         command = [program, *_COMMON, *(_SANITIZE if sanitize else _OPTIMISE)]
         command += [*variants[variant], *(["-DSF_PORTABLE", "-O3"] if portable else [])]
