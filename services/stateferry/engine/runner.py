@@ -9,6 +9,7 @@ from stateferry.cache.pools import SequencePools
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.extend_logits import rows_with_logits, take_logits
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
+from stateferry.engine.freed_memory import keep_freed_memory
 from stateferry.engine.sampler import sample
 from stateferry.models.caches import LayerCaches
 from stateferry.models.model import Model
@@ -24,6 +25,7 @@ class ModelRunner:
         self._grid = pools.grid
         self._page_tokens = pools.kv.page_tokens
         self._device = device
+        keep_freed_memory()
         self.caches = LayerCaches(states=pools.states.layers, kv=pools.kv.layers)
 
     @torch.inference_mode()

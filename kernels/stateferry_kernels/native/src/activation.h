@@ -21,17 +21,17 @@ void activation(const sf_activation_args& args, int64_t threads) {
             const T* x = static_cast<const T*>(args.x) + r * args.x_stride;
             const T* y = static_cast<const T*>(args.y) + r * args.y_stride;
             T* out = static_cast<T*>(args.out) + r * n;
-            for (int64_t i = 0; i < n; i += LANES) {
-                F16 value = load_upto(x + i, n - i);
+            vectors(0, n, [&](int64_t i, int64_t count) SF_STEP {
+                F16 value = load_upto(x + i, count);
                 if (args.kind == SILU_MUL) {
-                    value = mul(silu(value), load_upto(y + i, n - i));
+                    value = mul(silu(value), load_upto(y + i, count));
                 } else {
                     // A NaN stays one: it is the second operand.
                     value = max(zero(), value);
                     value = mul(value, value);
                 }
-                store_upto(out + i, value, n - i);
-            }
+                store_upto(out + i, value, count);
+            });
         }
     });
 }

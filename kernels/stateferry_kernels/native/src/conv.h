@@ -12,17 +12,44 @@
 namespace sf {
 
 // Channels one task works on: its rows of a batch are a few cache lines each.
-constexpr int64_t CONV_CHANNELS = 256;
+constexpr int64_t CONV_CHANNELS = 128;
+// Of one output: mostly those of its SiLU.
+constexpr int64_t CONV_OPERATIONS = 16;
 
-// Output of channels [i, i + n), n <= 16. columns[k] points at a row, oldest first.
+// Output of channels [first, last) from TAPS columns, oldest first. The row that lies `ahead` of the
+// newest one is fetched.
+template <int TAPS, class T>
+inline void conv_taps(const sf_conv& conv, int64_t conv_dim, const T* const* columns,
+                      int64_t ahead, int64_t first, int64_t last, T* out) {
+    const T* from[TAPS];
+    SF_UNROLL
+    for (int k = 0; k < TAPS; ++k) from[k] = columns[k];
+    const float *taps = conv.taps, *bias = conv.bias;
+    vectors(first, last, [&](int64_t i, int64_t n) SF_STEP {
+        __builtin_prefetch(from[TAPS - 1] + ahead + i);
+        F16 sum = mul(load_upto(from[0] + i, n), load_upto(taps + i, n));
+        SF_UNROLL
+        for (int k = 1; k < TAPS; ++k)
+            sum = fma(load_upto(from[k] + i, n), load_upto(taps + k * conv_dim + i, n), sum);
+        if (bias) sum = add(sum, load_upto(bias + i, n));
+        store_upto(out + i, silu(sum), n);
+    });
+}
+
 template <class T>
-inline void conv_point(const sf_conv& conv, int64_t conv_dim, int64_t count,
-                       const T* const* columns, int64_t i, int64_t n, T* out) {
-    F16 sum = mul(load_upto(columns[0] + i, n), load_upto(conv.taps + i, n));
-    for (int64_t k = 1; k < count; ++k)
-        sum = fma(load_upto(columns[k] + i, n), load_upto(conv.taps + k * conv_dim + i, n), sum);
-    if (conv.bias) sum = add(sum, load_upto(conv.bias + i, n));
-    store_upto(out + i, silu(sum), n);
+inline void conv_span(const sf_conv& conv, int64_t conv_dim, int64_t count,
+                      const T* const* columns, int64_t ahead, int64_t first, int64_t last,
+                      T* out) {
+    if (count == 4) return conv_taps<4>(conv, conv_dim, columns, ahead, first, last, out);
+    for (int64_t i = first; i < last; i += LANES) {
+        const int64_t n = last - i;
+        F16 sum = mul(load_upto(columns[0] + i, n), load_upto(conv.taps + i, n));
+        for (int64_t k = 1; k < count; ++k)
+            sum = fma(load_upto(columns[k] + i, n), load_upto(conv.taps + k * conv_dim + i, n),
+                      sum);
+        if (conv.bias) sum = add(sum, load_upto(conv.bias + i, n));
+        store_upto(out + i, silu(sum), n);
+    }
 }
 
 // A slot's columns (conv_dim, window) as rows (window, conv_dim), for channels [first, last).
@@ -66,10 +93,11 @@ void conv_extend_channels(const sf_layer& layer, const sf_conv& conv, const sf_e
     auto column = [&](int64_t t) {
         return t >= 0 ? batch + t * columns.xBC_stride : before + (t + W) * D;
     };
+    constexpr int64_t AHEAD = 4;
     for (int64_t t = 0; t < length; ++t) {
         for (int64_t k = 0; k <= W; ++k) taps[k] = column(t - W + k);
-        for (int64_t i = first; i < last; i += LANES)
-            conv_point(conv, D, W + 1, taps, i, last - i, out + t * columns.out_stride);
+        conv_span(conv, D, W + 1, taps, AHEAD * columns.xBC_stride, first, last,
+                  out + t * columns.out_stride);
     }
     for (int64_t b = plan.first_boundary[sequence]; b < plan.first_boundary[sequence + 1]; ++b) {
         T* to = static_cast<T*>(layer.conv_state) + plan.boundary_slot[b] * layer.conv_stride;
@@ -91,7 +119,8 @@ void conv_extend(const sf_layer& layer, const sf_conv& conv, const sf_extend_pla
     const int64_t parts = ceil_div(layer.conv_dim, CONV_CHANNELS);
     int64_t tokens = 0;
     for (int64_t i = 0; i < plan.num_sequences; ++i) tokens += plan.length[i];
-    parallel(plan.num_sequences * parts, threads, tokens * layer.conv_dim * 4, [&](int64_t task) {
+    const int64_t operations = tokens * layer.conv_dim * CONV_OPERATIONS;
+    parallel(plan.num_sequences * parts, threads, operations, [&](int64_t task) {
         const int64_t first = task % parts * CONV_CHANNELS;
         const int64_t last = first + CONV_CHANNELS;
         conv_extend_channels<T>(layer, conv, plan, columns, task / parts, first,
@@ -124,7 +153,7 @@ void conv_rows(const sf_layer& layer, const sf_conv& conv, const sf_columns& col
             taps[k] = row >= 0 ? tail_column<T>(layer, tail_page, row) : slot + (row + W) * D;
         }
         T* out = static_cast<T*>(columns.out) + (first_row + r) * columns.out_stride;
-        for (int64_t i = 0; i < D; i += LANES) conv_point(conv, D, W + 1, taps, i, D - i, out);
+        conv_span(conv, D, W + 1, taps, 0, 0, D, out);
     }
 }
 
@@ -132,7 +161,8 @@ template <class T>
 void conv_row(const sf_layer& layer, const sf_conv& conv, const sf_decode_plan& plan,
               const sf_columns& columns, int64_t threads) {
     const int64_t root = -1;
-    parallel(plan.num_rows, threads, plan.num_rows * layer.conv_dim * 4, [&](int64_t row) {
+    const int64_t operations = plan.num_rows * layer.conv_dim * CONV_OPERATIONS;
+    parallel(plan.num_rows, threads, operations, [&](int64_t row) {
         if (plan.state_slot[row] < 0) return;
         const int64_t page = plan.tail_page[row], tail_row = plan.tail_row[row];
         conv_rows<T>(layer, conv, columns, plan.state_slot[row], page, tail_row, row, 1, &root);
@@ -147,7 +177,7 @@ template <class T>
 void conv_verify(const sf_layer& layer, const sf_conv& conv, const sf_verify_plan& plan,
                  const sf_columns& columns, const sf_drafts& drafts, int64_t threads) {
     const int64_t rows = plan.first_node[plan.num_sequences];
-    parallel(plan.num_sequences, threads, rows * layer.conv_dim * 4, [&](int64_t i) {
+    parallel(plan.num_sequences, threads, rows * layer.conv_dim * CONV_OPERATIONS, [&](int64_t i) {
         const int64_t first = plan.first_node[i], count = plan.first_node[i + 1] - first;
         conv_rows<T>(layer, conv, columns, plan.state_slot[i], plan.tail_page[i],
                      plan.tail_rows[i], first, count, plan.parent + first);

@@ -13,8 +13,8 @@
 
 #include "packed_abi.h"
 #include "panel.h"
+#include "stream.h"
 #include "support.h"
-#include "tile.h"
 
 namespace sf {
 
@@ -55,17 +55,10 @@ inline int64_t linear_block(int64_t inputs, int64_t outputs, int64_t threads) {
     return round_up(count < LANES ? LANES : count);
 }
 
-// Rows that share one pass over a block: as many as stay in a core's second-level cache.
-inline int64_t linear_rows(int64_t inputs, int64_t rows) {
-    const int64_t fit = LINEAR_BLOCK_BYTES / (4 * (inputs ? inputs : 1)) / 6 * 6;
-    const int64_t few = fit < 12 ? 12 : fit;
-    return rows < few ? rows : few;
-}
-
 // From this many rows on turning the weight pays.
-constexpr int64_t PANEL_MIN_ROWS = 48;
-// Rows of x that are packed at a time.
-constexpr int64_t PANEL_CHUNK = 512;
+constexpr int64_t PANEL_MIN_ROWS = STREAM_MOST_ROWS;
+// Bytes of x that are packed at a time.
+constexpr int64_t PANEL_CHUNK_BYTES = 8 << 20;
 
 // Rows of x and of the weight as dot() meets them: fp32, in its order of elements.
 struct PlainRows {
@@ -76,14 +69,22 @@ struct PlainRows {
     int64_t stride(int64_t ld) const { return ld; }
 };
 
+// Fetch part `part` of `parts` of `count` floats.
+inline void fetch_share(const float* from, int64_t count, int64_t part, int64_t parts) {
+    for (int64_t i = part * count / parts; i < (part + 1) * count / parts; i += LANES)
+        __builtin_prefetch(from + i, 0, 2);
+}
+
 template <class T, class Widened>
 inline void linear_panels(const LinearArgs<T>& args, const Widened& widened, int64_t threads) {
     const int64_t depth = widened.depth, size = panel_row_size(depth), runs = panel_runs(depth);
     const int64_t wide = PANELS * LANES;
     const int64_t block = ceil_div(linear_block(depth, args.outputs, threads), wide) * wide;
     static thread_local Scratch packed;
-    for (int64_t top = 0; top < args.rows; top += PANEL_CHUNK) {
-        const int64_t rows = std::min(PANEL_CHUNK, args.rows - top);
+    const int64_t fit = PANEL_CHUNK_BYTES / 4 / std::max<int64_t>(1, size);
+    const int64_t chunk = std::max(PANEL_MIN_ROWS, fit);
+    for (int64_t top = 0; top < args.rows; top += chunk) {
+        const int64_t rows = std::min(chunk, args.rows - top);
         packed.reserve(scratch_bytes(rows * size * 4));
         float* x = packed.take<float>(rows * size);
         parallel(ceil_div(rows, LANES), threads, rows * depth * 4, [&](int64_t task) {
@@ -109,6 +110,8 @@ inline void linear_panels(const LinearArgs<T>& args, const Widened& widened, int
             }
             tiles_of_six(rows, [&]<int R>(int64_t i) {
                 for (int64_t j = first; j < last; j += wide) {
+                    fetch_share(x + (i + R) * size, R * size, (j - first) / wide,
+                                ceil_div(last - first, wide));
                     F16 sums[R][PANELS];
                     panel_tile<1>(x + i * size, size, panels + (j - first) * size, runs, sums);
                     for (int v = 0; v < PANELS; ++v) {
@@ -127,23 +130,44 @@ inline void linear_panels(const LinearArgs<T>& args, const Widened& widened, int
     }
 }
 
+// Outputs that a task computes with few rows: whole groups.
+constexpr int64_t STREAM_TASK = 24;
+
+// Few rows: compute(first, count, sums, ld) puts outputs [first, first + count) of all rows into
+// sums.
+template <class T, class Compute>
+inline void linear_few(const LinearArgs<T>& args, int64_t threads, const Compute& compute) {
+    const int64_t operations = args.rows * args.inputs * args.outputs;
+    parallel_stretches(args.outputs, STREAM_TASK, threads, operations,
+                       [&](int64_t first, int64_t last) {
+        constexpr int64_t LD = STREAM_TASK + LANES;
+        float sums[PANEL_MIN_ROWS * LD];
+        compute(first, last - first, sums, LD);
+        store_outputs(args, sums, LD, 0, args.rows, first, last - first);
+    });
+}
+
 inline void linear(const LinearArgs<float>& args, int64_t threads) {
     if (args.rows >= PANEL_MIN_ROWS) return linear_panels(args, PlainRows(args.inputs), threads);
-    const int64_t block = linear_block(args.inputs, args.outputs, threads);
-    const int64_t operations = args.rows * args.inputs * args.outputs;
-    parallel(ceil_div(args.outputs, block), threads, operations, [&](int64_t b) {
-        const int64_t first = b * block;
-        const int64_t count = args.outputs - first < block ? args.outputs - first : block;
-        const int64_t most = linear_rows(args.inputs, args.rows);
-        Scratch& scratch = Scratch::of_thread();
-        scratch.reserve(scratch_bytes(most * block * 4));
-        float* sums = scratch.take<float>(most * block);
-        for (int64_t r = 0; r < args.rows; r += most) {
-            const int64_t rows = args.rows - r < most ? args.rows - r : most;
-            dot_streamed(args.x + r * args.x_stride, args.x_stride, rows,
-                args.weight + first * args.inputs, args.inputs, count, args.inputs, sums, block);
-            store_outputs(args, sums, block, r, rows, first, count);
-        }
+    const int64_t depth = args.inputs;
+    const float* x = args.x;
+    int64_t ldx = args.x_stride;
+    static thread_local Scratch padded;
+    if (depth % LANES && args.rows > 1) {
+        padded.reserve(scratch_bytes(args.rows * round_up(depth) * 4));
+        float* to = padded.take<float>(args.rows * round_up(depth));
+        for (int64_t r = 0; r < args.rows; ++r)
+            for (int64_t k = 0; k < depth; k += LANES)
+                store(to + r * round_up(depth) + k, load_upto(x + r * ldx + k, depth - k));
+        x = to;
+        ldx = round_up(depth);
+    }
+    linear_few(args, threads, [&](int64_t first, int64_t count, float* sums, int64_t ld) {
+        const float* weight = args.weight + first * depth;
+        if (args.rows == 1)
+            dot<true>(x, ldx, 1, weight, depth, count, depth, sums, ld);
+        else
+            stream_dot(x, ldx, args.rows, weight, depth, count, depth, sums, ld);
     });
 }
 
@@ -245,89 +269,42 @@ struct PairRows {
     int64_t stride(int64_t) const { return depth; }
 };
 
-// R rows of x, widened, against C bf16 weight rows, widened on the way. The order of dot().
-template <int R, int C>
-inline void narrow_tile(const float* a, int64_t lda, const bf16* b, int64_t ldb, int64_t inputs,
-                        float* out, int64_t ldo) {
-    F16 sums[R][C];
-    SF_UNROLL
-    for (int i = 0; i < R; ++i)
-        SF_UNROLL
-        for (int j = 0; j < C; ++j) sums[i][j] = zero();
-    for (int64_t k = 0; k < inputs; k += 32) {
-        SF_UNROLL
-        for (int j = 0; j < C; ++j) {
-            F16 even, odd;
-            __builtin_prefetch(b + j * ldb + k + DOT_AHEAD);
-            if (inputs - k >= 32) {
-                load_pairs(b + j * ldb + k, even, odd);
-            } else {
-                bf16 rest[32] = {};
-                std::memcpy(rest, b + j * ldb + k, size_t(inputs - k) * 2);
-                load_pairs(rest, even, odd);
-            }
-            SF_UNROLL
-            for (int i = 0; i < R; ++i) {
-                sums[i][j] = fma(load(a + i * lda + k), even, sums[i][j]);
-                sums[i][j] = fma(load(a + i * lda + k + LANES), odd, sums[i][j]);
-            }
-        }
+// A row of x, widened, against a bf16 row of the weight. The order of dot().
+inline float narrow_dot(const float* a, const bf16* b, int64_t inputs) {
+    F16 sums = zero(), even, odd;
+    int64_t k = 0;
+    for (; k + 32 <= inputs; k += 32) {
+        __builtin_prefetch(b + k + 2 * DOT_AHEAD);
+        load_pairs(b + k, even, odd);
+        sums = fma(load(a + k), even, sums);
+        sums = fma(load(a + k + LANES), odd, sums);
     }
-    SF_UNROLL
-    for (int i = 0; i < R; ++i)
-        SF_UNROLL
-        for (int j = 0; j < C; ++j) out[i * ldo + j] = sum(sums[i][j]);
+    if (k < inputs) {
+        bf16 rest[32] = {};
+        std::memcpy(rest, b + k, size_t(inputs - k) * 2);
+        load_pairs(rest, even, odd);
+        sums = fma(load(a + k), even, sums);
+        sums = fma(load(a + k + LANES), odd, sums);
+    }
+    return sum(sums);
 }
-
-// From this many rows on a block of weights is widened once, and not by every tile of rows.
-constexpr int64_t WIDEN_ROWS = 5;
 
 inline void linear(const LinearArgs<bf16>& args, int64_t threads) {
     if (args.rows >= PANEL_MIN_ROWS) return linear_panels(args, PairRows(args.inputs), threads);
-    const int64_t length = pairs_length(args.inputs);
-    const int64_t block = linear_block(length, args.outputs, threads);
-    const int64_t operations = args.rows * args.inputs * args.outputs;
+    const int64_t inputs = args.inputs, length = pairs_length(inputs);
     // Widened once by the caller, then read by all threads.
-    Scratch shared;
+    static thread_local Scratch shared;
     shared.reserve(scratch_bytes(args.rows * length * 4));
     float* x = shared.take<float>(args.rows * length);
-    parallel(ceil_div(args.rows, 16), threads, args.rows * length, [&](int64_t b) {
-        for (int64_t r = b * 16; r < args.rows && r < (b + 1) * 16; ++r)
-            widen_pairs(args.x + r * args.x_stride, args.inputs, x + r * length);
-    });
-    parallel(ceil_div(args.outputs, block), threads, operations, [&](int64_t b) {
-        const int64_t first = b * block;
-        const int64_t count = args.outputs - first < block ? args.outputs - first : block;
-        const bf16* weight = args.weight + first * args.inputs;
-        const bool widened = args.rows >= WIDEN_ROWS;
-        Scratch& scratch = Scratch::of_thread();
-        const int64_t most = linear_rows(length, args.rows);
-        scratch.reserve(scratch_bytes(most * block * 4, widened ? block * length * 4 : 0));
-        float* sums = scratch.take<float>(most * block);
-        if (!widened) {
-            auto rows = [&]<int R>(int64_t r) {
-                int64_t j = 0;
-                constexpr int C = R == 1 ? 1 : 2;
-                for (; j + C <= count; j += C)
-                    narrow_tile<R, C>(x + r * length, length, weight + j * args.inputs,
-                                      args.inputs, args.inputs, sums + j, block);
-                for (; j < count; ++j)
-                    narrow_tile<R, 1>(x + r * length, length, weight + j * args.inputs,
-                                      args.inputs, args.inputs, sums + j, block);
-                store_outputs(args, sums, block, r, R, first, count);
-            };
-            int64_t r = 0;
-            for (; r + 2 <= args.rows; r += 2) rows.template operator()<2>(r);
-            if (r < args.rows) rows.template operator()<1>(r);
-            return;
-        }
-        float* wide = scratch.take<float>(block * length);
-        for (int64_t j = 0; j < count; ++j)
-            widen_pairs(weight + j * args.inputs, args.inputs, wide + j * length);
-        for (int64_t r = 0; r < args.rows; r += most) {
-            const int64_t rows = args.rows - r < most ? args.rows - r : most;
-            dot_streamed(x + r * length, length, rows, wide, length, count, length, sums, block);
-            store_outputs(args, sums, block, r, rows, first, count);
+    for (int64_t r = 0; r < args.rows; ++r)
+        widen_pairs(args.x + r * args.x_stride, inputs, x + r * length);
+    linear_few(args, threads, [&](int64_t first, int64_t count, float* sums, int64_t ld) {
+        const bf16* weight = args.weight + first * inputs;
+        if (args.rows > 1) {
+            stream_dot(x, length, args.rows, weight, inputs, count, inputs, sums, ld);
+        } else {
+            for (int64_t j = 0; j < count; ++j)
+                sums[j] = narrow_dot(x, weight + j * inputs, inputs);
         }
     });
 }

@@ -297,7 +297,7 @@ void run_rows(const sf_layer& layer, const sf_params& params, const sf_rows& row
     const int64_t per_group = layer.nheads / layer.ngroups;
     const int64_t count = int64_t(plans.size());
     const int64_t parts = split(per_group, count * layer.ngroups, threads, 2);
-    const int64_t operations = count * layer.nheads * layer.headdim * layer.dstate;
+    const int64_t operations = count * layer.nheads * layer.headdim * layer.dstate * 2;
     parallel(count * layer.ngroups * parts, threads, operations, [&](int64_t task) {
         const int64_t part = task % parts, group = task / parts % layer.ngroups;
         const int64_t first = part * per_group / parts, last = (part + 1) * per_group / parts;

@@ -408,4 +408,14 @@ SF_INLINE void store_upto(T* p, F16 a, int64_t n) {
         store_n(p, a, int(n));
 }
 
+// Calls step(i, n) for vectors of [first, last), whose n elements lie at i. Twice in the code: for
+// whole vectors the choice that load_upto has is made by the compiler.
+template <class Step>
+SF_INLINE void vectors(int64_t first, int64_t last, const Step& step) {
+    int64_t i = first;
+    for (; i + LANES <= last; i += LANES) step(i, int64_t(LANES));
+    if (i < last) step(i, last - i);
+}
+#define SF_STEP __attribute__((always_inline))
+
 }  // namespace sf

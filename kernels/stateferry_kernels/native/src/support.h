@@ -1,9 +1,11 @@
 // Threads, scratch memory, and the processor's treatment of denormal numbers.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include <omp.h>
 
@@ -73,6 +75,8 @@ int64_t scratch_bytes(Count... bytes) {
     return (int64_t(0) + ... + ((int64_t(bytes) + 63) / 64 * 64));
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Run task(i) for i < count. A parallel region costs some microseconds: work of fewer operations
 // than that stays on the caller's thread.
 template <class Task>
@@ -91,7 +95,35 @@ void parallel(int64_t count, int64_t threads, int64_t operations, const Task& ta
     }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Run task(first, last) for pieces of [0, count): each thread walks through a stretch of its own, so
+// that what it reads comes in one run, and then helps where something is left.
+template <class Task>
+void parallel_stretches(int64_t count, int64_t piece, int64_t threads, int64_t operations,
+                        const Task& task) {
+    const int64_t pieces = ceil_div(count, piece);
+    const int64_t team = operations < 200000 ? 1 : (threads < pieces ? threads : pieces);
+    auto run = [&](int64_t i) { task(i * piece, (i + 1) * piece < count ? (i + 1) * piece : count); };
+    if (team <= 1) {
+        FlushDenormals guard;
+        for (int64_t i = 0; i < pieces; ++i) run(i);
+        return;
+    }
+    struct alignas(64) Stretch {
+        std::atomic<int64_t> next;
+    };
+    std::vector<Stretch> stretches(static_cast<size_t>(team));
+    for (int64_t t = 0; t < team; ++t) stretches[size_t(t)].next = t * pieces / team;
+#pragma omp parallel num_threads(int(team))
+    {
+        FlushDenormals guard;
+        for (int64_t t = 0, whose = omp_get_thread_num(); t < team; ++t, ++whose) {
+            if (whose >= team) whose -= team;
+            const int64_t last = (whose + 1) * pieces / team;
+            std::atomic<int64_t>& next = stretches[size_t(whose)].next;
+            for (int64_t i = next++; i < last; i = next++) run(i);
+        }
+    }
+}
 
 // How many tasks to make of `items` so that each thread gets some of `outer * tasks`: the more, the
 // less a thread waits for the last one.
