@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels gpu-report clean
+.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers gpu-report clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -102,6 +102,10 @@ bench: ## List the benchmarks
 
 bench-kernels: $(BENCH) ## CPU kernels against this machine's ceilings; ARGS="--quick --vllm-python PATH"
 	@PYTHONPATH=tests $(RUN) -m bench.kernels $(ARGS)
+
+# Children of it run by themselves, each in the Python and with the waits of its own kind.
+bench-peers: $(DEV) ## Against transformers, vLLM, llama.cpp; ARGS="--llama DIR --vllm-python PATH"
+	@PYTHONPATH=tests $(RUN) -m bench.peers $(ARGS)
 
 # A GPU host has a python with torch of its own.
 GPU_PYTHON ?= python3
