@@ -22,6 +22,10 @@ from typing import Any
 from stateferry.core.errors import ConfigError
 
 ENV_PREFIX = "STATEFERRY"
+_MAX_PORT = 65535
+# Numbers of tokens travel in 32 bits.
+_MAX_TOKENS = (1 << 31) - 1
+_MAX_THREADS = 4096
 
 
 def _setting(
@@ -30,11 +34,18 @@ def _setting(
     *,
     secret: bool = False,
     least: float | None = None,
+    most: float | None = None,
     variable: str | None = None,
 ) -> Any:
-    """``least`` is the smallest value allowed; numbers must be finite. ``variable`` is a shorter
-    name in the environment; the full one wins."""
-    metadata = {"help": help, "secret": secret, "least": least, "variable": variable}
+    """``least`` and ``most`` bound what is allowed; numbers must be finite. ``variable`` is a
+    shorter name in the environment; the full one wins."""
+    metadata = {
+        "help": help,
+        "secret": secret,
+        "least": least,
+        "most": most,
+        "variable": variable,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,7 +77,7 @@ class ModelSection:
         64, "Tokens per grid interval of the kernels. 0: the model's own chunk_size.", least=0
     )
     max_context_tokens: int = _setting(
-        32768, "Prompt and generated tokens of one request.", least=2
+        32768, "Prompt and generated tokens of one request.", least=2, most=_MAX_TOKENS
     )
 
 
@@ -75,9 +86,9 @@ class RouterSection:
     """The public door."""
 
     host: str = _setting("127.0.0.1", "Address to listen on.")
-    port: int = _setting(50051, "gRPC port; 0 picks a free one.", least=0)
+    port: int = _setting(50051, "gRPC port; 0 picks a free one.", least=0, most=_MAX_PORT)
     metrics_port: int = _setting(
-        0, "Prometheus port on the same host; 0 picks a free one.", least=0
+        0, "Prometheus port on the same host; 0 picks a free one.", least=0, most=_MAX_PORT
     )
     max_prompt_bytes: int = _setting(1 << 20, "Longest prompt text, in UTF-8 bytes.", least=1)
     max_requests: int = _setting(512, "Requests in flight; more are refused at once.", least=1)
@@ -94,12 +105,12 @@ class WorkerSection:
 
     id: str = _setting("", "Stable name of the worker, for example decode-0.")
     host: str = _setting("127.0.0.1", "Address to listen on, and to tell others.")
-    port: int = _setting(0, "gRPC port; 0 picks a free one.", least=0)
+    port: int = _setting(0, "gRPC port; 0 picks a free one.", least=0, most=_MAX_PORT)
     metrics_port: int = _setting(
-        0, "Prometheus port on the same host; 0 picks a free one.", least=0
+        0, "Prometheus port on the same host; 0 picks a free one.", least=0, most=_MAX_PORT
     )
     transfer_port: int = _setting(
-        0, "Port that receives state (decode); 0 picks a free one.", least=0
+        0, "Port that receives state (decode); 0 picks a free one.", least=0, most=_MAX_PORT
     )
     max_requests: int = _setting(
         32, "Most sequences held at the same time; memory_bytes may allow fewer.", least=1
@@ -121,7 +132,7 @@ class WorkerSection:
         "Kernel backend: auto, cpu, triton, torch, reference.",
         variable=f"{ENV_PREFIX}_KERNELS",
     )
-    threads: int = _setting(1, "CPU threads of one tensor operation.", least=1)
+    threads: int = _setting(1, "CPU threads of one tensor operation.", least=1, most=_MAX_THREADS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +235,9 @@ def _checked(
         raise ConfigError(key, f"{value} is not a finite number")
     if least is not None and isinstance(value, int | float) and value < least:
         raise ConfigError(key, f"{value} is below {least}")
+    most = field.metadata["most"]
+    if most is not None and isinstance(value, int | float) and value > most:
+        raise ConfigError(key, f"{value} is above {most}")
     return value
 
 

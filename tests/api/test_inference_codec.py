@@ -193,7 +193,7 @@ EDITS: list[tuple[str, Edit]] = [
         (f"sampling.{name}", lambda r, name=name, v=v: setattr(r.sampling, name, v))
         for name, values in {
             "min_p": (float("nan"), -0.1, 1.1),
-            "repetition_penalty": (float("nan"), float("inf"), 0.0, -1.0, 10.5),
+            "repetition_penalty": (float("nan"), float("inf"), 0.0, 1e-40, 0.01, -1.0, 10.5),
             "presence_penalty": (float("nan"), -2.1, 2.1),
             "frequency_penalty": (float("nan"), -2.1, float("inf")),
         }.items()
@@ -235,9 +235,9 @@ def test_refused_by_name(case: int) -> None:
     message = good()
     edit(message)
     payload = message.SerializeToString()
-    began_s = time.perf_counter()
+    began_s = time.thread_time()
     assert field_of(payload) == field
-    assert time.perf_counter() - began_s < 0.05
+    assert time.thread_time() - began_s < 0.05
 
 
 def test_what_is_far_too_long_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_garbage_is_refused_and_nothing_else() -> None:
     sample.stop.strings.extend(["abc", "de"])
     sample.sampling.temperature = 0.5
     valid = sample.SerializeToString()
-    began_s = time.perf_counter()
+    began_s = time.thread_time()
     for turn in range(20_000):
         if turn % 2:
             payload = seed.randbytes(seed.randrange(64))
@@ -305,7 +305,7 @@ def test_garbage_is_refused_and_nothing_else() -> None:
             parse(payload)
         except InvalidRequest as error:
             assert error.field
-    assert time.perf_counter() - began_s < 10
+    assert time.thread_time() - began_s < 10
 
 
 def test_deep_and_long_garbage_is_quick() -> None:
@@ -314,18 +314,18 @@ def test_deep_and_long_garbage_is_quick() -> None:
         nested = chunk(6, nested)
     shapes = (nested, b"\x33" * 50_000, b"\x0a\x00" * 50_000 + b"\xff", b"\xff" * 60_000)
     for payload in shapes:
-        began_s = time.perf_counter()
+        began_s = time.thread_time()
         field_of(payload)
-        assert time.perf_counter() - began_s < 0.2
+        assert time.thread_time() - began_s < 0.2
 
 
 def test_checking_takes_microseconds() -> None:
     payload = good().SerializeToString()
-    began_s = time.perf_counter()
+    began_s = time.thread_time()
     for _ in range(1000):
         codec.parse_generate(payload, LIMITS)
-    # About 10 us each on an idle core; the bound leaves room for a busy one.
-    assert (time.perf_counter() - began_s) / 1000 < 200e-6
+    # About 10 us each; of this thread's own time, so that a busy machine does not count.
+    assert (time.thread_time() - began_s) / 1000 < 200e-6
 
 
 @pytest.mark.parametrize(

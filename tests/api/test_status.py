@@ -20,6 +20,7 @@ CODES = [
     (errors.Refused("no"), grpc.StatusCode.FAILED_PRECONDITION),
     (errors.IntegrityError("differs"), grpc.StatusCode.DATA_LOSS),
     (errors.FrameError("short"), grpc.StatusCode.DATA_LOSS),
+    (errors.GuideBroke("too complex"), grpc.StatusCode.OUT_OF_RANGE),
     (errors.ConfigError("a.b", "wrong"), grpc.StatusCode.FAILED_PRECONDITION),
     (errors.InvariantViolation("a bug"), grpc.StatusCode.INTERNAL),
     (errors.ModelError("bad weights"), grpc.StatusCode.INTERNAL),

@@ -13,10 +13,11 @@ import pytest_asyncio
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import SystemClock
-from stateferry.core.errors import InvariantViolation, Overloaded
+from stateferry.core.errors import GuideBroke, InvariantViolation, Overloaded
 from stateferry.core.request import Continuation
 from stateferry.core.sampling import FinishReason, SamplingParams, StopConditions
 from stateferry.decode.loop import DecodeLoop
+from stateferry.engine.rules import SequenceRules
 from stateferry.scheduler.decode import DecodeScheduler
 from support.scripted_runner import Gate, NullMeter, ScriptedRunner
 from support.small_cache import KV, small_cache
@@ -28,13 +29,13 @@ class Bench:
     runner: ScriptedRunner
     cache: StateCache
 
-    async def run(self, name: str, max_tokens: int = 4) -> list[int]:
+    async def run(self, name: str, max_tokens: int = 4, rules: object = None) -> list[int]:
         """Indices of the tokens of one request, from admission to its end."""
         self.loop.admit(name, 10)
         try:
             await self.loop.reserved(name)
             stop = StopConditions(max_tokens, 0, frozenset())
-            wanted = Continuation(name, SamplingParams(0.0, 0, 1.0, 0, None), stop)
+            wanted = Continuation(name, SamplingParams(0.0, 0, 1.0, 0, None), stop, (), rules)
             steps = [step async for step in self.loop.decode(wanted, first_token_id=7)]
             assert steps[-1].finish_reason is FinishReason.LENGTH
             return [step.index for step in steps]
@@ -96,8 +97,17 @@ async def test_a_failed_step_fails_its_requests_and_no_others(bench: Bench) -> N
 
 async def test_an_untrustworthy_token_ends_the_stream_with_an_error(bench: Bench) -> None:
     bench.runner.broken_indices = {2}
-    with pytest.raises(InvariantViolation, match="trustworthy"):
+    with pytest.raises(InvariantViolation, match="not finite"):
         await bench.run("a")
+    assert bench.slots_free == 4
+
+
+async def test_a_guide_that_broke_is_the_reason_that_is_given(bench: Bench) -> None:
+    bench.runner.broken_indices = {2}
+    rules = SequenceRules(SamplingParams(0.0, 0, 1.0, 0, None), None, None)
+    rules.failure = GuideBroke("too complex")
+    with pytest.raises(GuideBroke):
+        await bench.run("a", rules=rules)
     assert bench.slots_free == 4
 
 

@@ -13,11 +13,11 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from stateferry.core.errors import InvalidRequest
+from stateferry.core.errors import GuideBroke, InvalidRequest, InvariantViolation
 from stateferry.core.guide import ANY_JSON_OBJECT, Guide, GuideKind
-from stateferry.core.sampling import SamplingParams
+from stateferry.core.sampling import Penalties, SamplingParams
 from stateferry.engine.forward_batch import SampleSpec
-from stateferry.engine.rules import RulesMaker
+from stateferry.engine.rules import RulesMaker, why_no_token
 from stateferry.engine.sampler import sample
 from stateferry.guided.compiler import GuideCompiler
 
@@ -218,9 +218,62 @@ def test_what_cannot_be_guided_says_so(tmp_path: Path) -> None:
         broken.matcher(ANY_JSON_OBJECT)
 
 
+def test_the_tokenizer_is_read_before_anybody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer(tmp_path)
+    early = GuideCompiler(tmp_path / "tokenizer.json", VOCAB, frozenset({EOS}))
+    early.load()
+    broken = GuideCompiler(tmp_path / "absent.json", VOCAB, frozenset({EOS}))
+    broken.load()
+    # Nothing is left to read for the first guide, nor is what failed tried again.
+    monkeypatch.setattr("stateferry.guided.compiler.LLTokenizer", None)
+    early.matcher(ANY_JSON_OBJECT)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match=r"guide: not with this tokenizer: .*absent"):
+            broken.matcher(ANY_JSON_OBJECT)
+
+
 def test_a_guide_that_breaks_hurts_its_own_row_only(compiler: GuideCompiler) -> None:
     params = SamplingParams(0.0, 0, 1.0, 0, None, guide=Guide(GuideKind.REGEX, "ab"))
     rules = RulesMaker(compiler).make(params, ())
     plain = SampleSpec(SamplingParams(0.0, 0, 1.0, 0, None), 0)
     tokens = sample(torch.zeros(2, VOCAB), [SampleSpec(params, 3, rules=rules), plain])
     assert [token is None for token in tokens] == [True, False]
+    assert isinstance(why_no_token(rules), InvariantViolation)
+
+
+def test_a_guide_that_no_first_token_survives_is_refused_at_once(compiler: GuideCompiler) -> None:
+    """Its first mask is within the limits; what follows any token is not."""
+    wide = {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(900)}}
+    with pytest.raises(InvalidRequest, match=r"guide\.json_schema: .*too complex"):
+        compiler.matcher(Guide(GuideKind.JSON_SCHEMA, json.dumps(wide)))
+
+
+def test_a_guide_that_meets_a_limit_later_says_so(compiler: GuideCompiler) -> None:
+    """Not as a bug of ours, and not as one of the model's."""
+    guide = Guide(GuideKind.REGEX, "(.{1,1000}){1,1000}")
+    params = SamplingParams(0.0, 0, 1.0, 0, None, guide=guide)
+    rules = RulesMaker(compiler).make(params, ())
+    plain = SamplingParams(0.0, 0, 1.0, 0, None)
+    logits = torch.zeros(2, VOCAB)
+    logits[0, EOS + 1] = 5.0
+    for index in range(100):
+        specs = [SampleSpec(params, index, rules=rules), SampleSpec(plain, index)]
+        broken, other = sample(logits, specs)
+        assert other is not None
+        if broken is None:
+            break
+    failure = why_no_token(rules)
+    assert isinstance(failure, GuideBroke) and "<" not in str(failure)
+    assert isinstance(why_no_token(None), InvariantViolation)
+
+
+@pytest.mark.parametrize("repetition", [1 / 64, 10.0])
+def test_the_strongest_penalties_leave_numbers_to_choose_from(repetition: float) -> None:
+    params = SamplingParams(1.0, 0, 0.9, 3, 1, penalties=Penalties(repetition, -2.0, 2.0))
+    rules = RulesMaker(None).make(params, range(VOCAB))  # type: ignore[arg-type]
+    for index in range(20):
+        logits = torch.linspace(-1e4, 1e4, VOCAB)[None]
+        [token] = sample(logits, [SampleSpec(params, index, rules=rules)])
+        assert token is not None

@@ -71,6 +71,26 @@ def test_a_wrong_type_in_the_environment_names_the_key() -> None:
     assert caught.value.key == "worker.threads"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("router.port", 65536),
+        ("worker.transfer_port", 70000),
+        ("worker.metrics_port", -1),
+        ("model.max_context_tokens", 1 << 31),
+        ("model.max_context_tokens", 1),
+        ("worker.memory_bytes", -1),
+        ("worker.threads", 1 << 40),
+        ("router.max_queue_s", float("nan")),
+        ("transfer.seal_timeout_s", float("inf")),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_by_name(key: str, value: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides={key: value}, environ={})
+    assert caught.value.key == key
+
+
 def test_an_unknown_override_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"worker\.colour"):
         load_config(overrides={"worker.colour": "red"}, environ={})

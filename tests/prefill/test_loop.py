@@ -14,9 +14,10 @@ import pytest_asyncio
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import SystemClock
-from stateferry.core.errors import InvariantViolation, Overloaded
+from stateferry.core.errors import GuideBroke, InvariantViolation, Overloaded
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
+from stateferry.engine.rules import SequenceRules
 from stateferry.prefill.loop import PrefillLoop
 from stateferry.scheduler.prefill import PrefillScheduler
 from support.scripted_runner import Gate, NullMeter, ScriptedRunner
@@ -29,12 +30,13 @@ class Bench:
     runner: ScriptedRunner
     cache: StateCache
 
-    def submit(self, name: str, length: int = 5) -> asyncio.Task[Any]:
+    def submit(self, name: str, length: int = 5, rules: object = None) -> asyncio.Task[Any]:
         request = GenerationRequest(
             name,
             tuple(range(length)),
             SamplingParams(0.0, 0, 1.0, 0, None),
             StopConditions(9, 0, frozenset()),
+            rules=rules,
         )
         self.loop.submit(request)
         return asyncio.ensure_future(self.loop.computed(name))
@@ -98,6 +100,16 @@ async def test_an_untrustworthy_token_is_an_error(bench: Bench) -> None:
     bench.runner.broken_indices = {0}
     with pytest.raises(InvariantViolation, match="not finite"):
         await bench.submit("a")
+    bench.loop.abort("a")
+    assert bench.slots_free == 4
+
+
+async def test_a_guide_that_broke_is_the_reason_that_is_given(bench: Bench) -> None:
+    bench.runner.broken_indices = {0}
+    rules = SequenceRules(SamplingParams(0.0, 0, 1.0, 0, None), None, None)
+    rules.failure = GuideBroke("too complex")
+    with pytest.raises(GuideBroke):
+        await bench.submit("a", rules=rules)
     bench.loop.abort("a")
     assert bench.slots_free == 4
 

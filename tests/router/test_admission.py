@@ -62,6 +62,20 @@ def test_places_are_bounded_and_given_back() -> None:
     assert admission.num_in_flight == 0
 
 
+def test_every_choice_counts_against_the_limit_and_in_what_is_reported() -> None:
+    house = House()
+    reported: list[tuple[int, int]] = []
+    observer = NoObserver()
+    observer.occupancy = lambda *counts: reported.append(counts)  # type: ignore[method-assign]
+    limits = AdmissionLimits(max_requests=3, max_queue_s=10.0)
+    admission = Admission(limits, house.registry, house.clock, observer)
+    with admission.enter("a", num_choices=2), pytest.raises(Overloaded), admission.enter("b", 2):
+        pass
+    with pytest.raises(InvalidRequest, match="n: "), admission.enter("c", num_choices=4):
+        pass
+    assert reported == [(2, 0), (0, 0)]
+
+
 def test_an_id_is_in_flight_once_and_free_again_after() -> None:
     admission = House().admission
     with admission.enter("a"), pytest.raises(InvalidRequest) as caught, admission.enter("a"):

@@ -108,25 +108,24 @@ async def test_a_character_split_between_prompt_and_output_is_written_once() -> 
 def test_a_step_costs_microseconds_however_long_the_text() -> None:
     tokenizer = byte_tokenizer()
     detokenizer = Detokenizer(tokenizer, [])
-    began_s = time.perf_counter()
+    began_s = time.thread_time()
     for turn in range(10_000):
         detokenizer.push(97 + turn % 26)
-    assert (time.perf_counter() - began_s) / 10_000 < 200e-6
+    assert (time.thread_time() - began_s) / 10_000 < 200e-6
 
 
 async def test_a_long_prompt_does_not_hold_up_the_loop() -> None:
     tokenizer = byte_tokenizer()
     text = "words and words " * 80_000
     encoding = asyncio.create_task(tokenizer.encode(text))
-    longest_s, turns, last_s = 0.0, 0, time.perf_counter()
+    turns = 0
     while not encoding.done():
         await asyncio.sleep(0.002)
-        now_s = time.perf_counter()
-        longest_s, last_s, turns = max(longest_s, now_s - last_s), now_s, turns + 1
+        turns += 1
     assert len(encoding.result()) == len(text)
-    assert turns > 3
-    # The whole takes most of a second; in one piece if the interpreter lock were held.
-    assert longest_s < 0.4
+    # The whole takes most of a second, hundreds of turns; two or three if the interpreter lock were
+    # held. Turns and not seconds: a busy machine stretches both alike.
+    assert turns > 20
     tokenizer.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -45,6 +44,6 @@ async def test_wakeup_before_and_after_wait() -> None:
     await asyncio.sleep(0.01)
     assert not waiter.done()
     wakeup.set()
-    began = time.monotonic()
-    await asyncio.wait_for(waiter, 1)
-    assert time.monotonic() - began < 0.5
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert waiter.done()

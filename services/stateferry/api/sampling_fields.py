@@ -21,6 +21,7 @@ from stateferry.core.sampling import (
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
     Penalties,
     SamplingParams,
 )
@@ -62,10 +63,7 @@ def num_logprobs(field: str, wanted: int | None) -> int | None:
 
 def _penalties(wanted: pb.SamplingParams) -> Penalties:
     repetition = wanted.repetition_penalty if wanted.HasField("repetition_penalty") else 1.0
-    if not 0.0 < repetition <= MAX_REPETITION_PENALTY:
-        raise InvalidRequest(
-            "sampling.repetition_penalty", f"is not in (0, {MAX_REPETITION_PENALTY:g}]"
-        )
+    _check_range("repetition_penalty", repetition, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     for name in ("presence_penalty", "frequency_penalty"):
         _check_range(name, getattr(wanted, name), -MAX_PENALTY, MAX_PENALTY)
     return Penalties(repetition, wanted.presence_penalty, wanted.frequency_penalty)

@@ -20,6 +20,7 @@ _CODES: tuple[tuple[type[errors.StateferryError], grpc.StatusCode], ...] = (
     (errors.TicketError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.Refused, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.HandoffError, grpc.StatusCode.DATA_LOSS),
+    (errors.GuideBroke, grpc.StatusCode.OUT_OF_RANGE),
     (errors.ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
@@ -76,8 +77,8 @@ def streams_errors(
 def error_from_rpc(error: grpc.aio.AioRpcError, who: str) -> errors.StateferryError:
     """What a worker's status means to the router's caller. ``who`` names the worker.
 
-    Refusals between our own processes are never the client's fault, so only overload and deadline
-    keep their meaning; everything else reads as a worker that could not serve.
+    Refusals between our own processes are never the client's fault and read as a worker that could
+    not serve. A worker's bug stays one: trying again would meet it again.
     """
     code, text = error.code(), error.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -86,6 +87,10 @@ def error_from_rpc(error: grpc.aio.AioRpcError, who: str) -> errors.StateferryEr
         return errors.DeadlineExceeded(f"{who}: {text}")
     if code is grpc.StatusCode.DATA_LOSS:
         return errors.HandoffError(f"{who}: {text}")
+    if code is grpc.StatusCode.OUT_OF_RANGE:
+        return errors.GuideBroke(text)
+    if code is grpc.StatusCode.INTERNAL:
+        return errors.InvariantViolation(f"{who}: {text}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return errors.WorkerLost(f"{who} went away: {text}")
     return errors.Unavailable(f"{who}: {code.name}: {text}")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stateferry.cache.state_cache import StateCache
-from stateferry.core.errors import InvariantViolation
+from stateferry.core.errors import StateferryError
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
 from stateferry.engine.prompt_scores import as_scores
-from stateferry.engine.rules import RulesMaker
+from stateferry.engine.rules import RulesMaker, why_no_token
 from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeScheduler
 from stateferry.scheduler.prefill import PrefillScheduler
@@ -79,9 +79,11 @@ class ColocatedEngine:
             del self.outputs[request_id]
 
     def step(self) -> None:
-        """One extend and one decode pass, of whatever is ready."""
-        self._extend()
-        self._decode_once()
+        """One extend and one decode pass, of whatever is ready. Raises what kept a request from its
+        next token; that request is forgotten by then, and the others may go on."""
+        failures = [*self._extend(), *self._decode_once()]
+        if failures:
+            raise failures[0]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> dict[str, Output]:
         """Run requests to their end and take their outputs."""
@@ -91,37 +93,50 @@ class ColocatedEngine:
             self.step()
         return {request.request_id: self.outputs.pop(request.request_id) for request in requests}
 
-    def _extend(self) -> None:
+    def _extend(self) -> list[StateferryError]:
         step = self._prefill.schedule()
         if step is None:
-            return
+            return []
         tokens = self._runner.extend(extend_batch(step, self._requests, self._cache))
+        failures = []
         for request_id, token in zip(self._prefill.complete(step), tokens, strict=True):
-            token = self._trusted(request_id, token)
-            scores = as_scores(self._requests[request_id].scores)
-            if scores is not None:
-                self.outputs[request_id].prompt = scores.result()
-            stop = self._requests[request_id].stop
-            self._emit(request_id, token, stop.check(token.token_id, 1))
-            if request_id in self._requests:
-                self._running[request_id] = self._requests[request_id].continuation
-                self._prefill.hand_over(request_id)
-                self._decode.take_over(request_id, token.token_id, stop)
+            if token is None:
+                failures.append(self._drop(request_id))
             else:
-                self._prefill.release(request_id)
+                self._begin(request_id, token)
+        return failures
 
-    def _decode_once(self) -> None:
+    def _begin(self, request_id: str, token: SampledToken) -> None:
+        """Token 0 of a computed prompt."""
+        request = self._requests[request_id]
+        scores = as_scores(request.scores)
+        if scores is not None:
+            self.outputs[request_id].prompt = scores.result()
+        self._emit(request_id, token, request.stop.check(token.token_id, 1))
+        if request_id in self._requests:
+            self._running[request_id] = request.continuation
+            self._prefill.hand_over(request_id)
+            self._decode.take_over(request_id, token.token_id, request.stop)
+        else:
+            self._prefill.release(request_id)
+
+    def _decode_once(self) -> list[StateferryError]:
         step = self._decode.schedule()
         if step is None:
-            return
+            return []
         sampled = self._runner.decode(decode_batch(step, self._running, self._cache))
-        tokens = {
-            row.request_id: self._trusted(row.request_id, token)
-            for row, token in zip(step.rows, sampled, strict=True)
-        }
-        ids = [token.token_id for token in tokens.values()]
+        tokens = {row.request_id: t for row, t in zip(step.rows, sampled, strict=True)}
+        ids = [None if token is None else token.token_id for token in sampled]
         for advance in self._decode.complete(step, ids):
-            self._emit(advance.request_id, tokens[advance.request_id], advance.finish_reason)
+            token = tokens[advance.request_id]
+            assert token is not None
+            self._emit(advance.request_id, token, advance.finish_reason)
+        return [self._drop(request_id) for request_id, token in tokens.items() if token is None]
+
+    def _drop(self, request_id: str) -> StateferryError:
+        failure = why_no_token(self._requests[request_id].rules)
+        self.abort(request_id)
+        return failure
 
     def _emit(self, request_id: str, token: SampledToken, reason: FinishReason | None) -> None:
         output = self.outputs[request_id]
@@ -130,9 +145,3 @@ class ColocatedEngine:
             output.finish_reason = reason
             del self._requests[request_id]
             self._running.pop(request_id, None)
-
-    @staticmethod
-    def _trusted(request_id: str, token: SampledToken | None) -> SampledToken:
-        if token is None:
-            raise InvariantViolation(f"{request_id}: the model's logits are not finite")
-        return token

@@ -17,6 +17,7 @@
       + HandoffError            a hand-off cannot be trusted; only its request is hurt
         - FrameError            a frame is malformed or larger than allowed
         - IntegrityError        bytes differ from their checksum
+      + GuideBroke              a guide needed more work than one token may take; ends its request
       + ModelError              weights or configuration we cannot serve; names the tensor or option
       + InvariantViolation      a bug of ours; never the caller's fault
 """
@@ -98,6 +99,10 @@ class FrameError(HandoffError):
 
 class IntegrityError(HandoffError):
     """Received bytes differ from the checksum their sender promised."""
+
+
+class GuideBroke(StateferryError):
+    """A guide met a limit in the middle of an output. Its request ends; nobody else is hurt."""
 
 
 class ModelError(StateferryError):

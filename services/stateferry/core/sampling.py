@@ -15,6 +15,8 @@ MAX_CHOICES = 16
 MAX_TEMPERATURE = 100.0
 # Of presence and frequency penalties, in both directions.
 MAX_PENALTY = 2.0
+# Logits are divided by it and must stay finite; single precision holds it exactly.
+MIN_REPETITION_PENALTY = 1 / 64
 MAX_REPETITION_PENALTY = 10.0
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIAS_IDS = 1024

@@ -13,6 +13,7 @@ from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.request import Continuation
 from stateferry.core.sampling import FinishReason, SampledToken
+from stateferry.engine.rules import why_no_token
 from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
 from stateferry.worker.batches import decode_batch
@@ -107,11 +108,13 @@ class DecodeLoop:
     async def _run_step(self, step: DecodeStep) -> None:
         requests = {row.request_id: self._streams[row.request_id].request for row in step.rows}
         tokens: list[SampledToken | None]
+        failure: InvariantViolation | None = None
         try:
             batch = decode_batch(step, requests, self._cache)
             tokens = await run_to_end(self._executor, self._runner.decode, batch)
         except Exception:
             log.exception("a decode step failed")
+            failure = InvariantViolation("a decode step failed")
             tokens = [None] * len(step.rows)
         sampled = {row.request_id: token for row, token in zip(step.rows, tokens, strict=True)}
         ids = [None if token is None else token.token_id for token in tokens]
@@ -123,8 +126,8 @@ class DecodeLoop:
             self._streams[advance.request_id].outputs.put_nowait(output)
         for request_id, token in sampled.items():
             if token is None:
-                failure = InvariantViolation("a decode step gave no trustworthy token")
-                self._streams[request_id].outputs.put_nowait(failure)
+                stream = self._streams[request_id]
+                stream.outputs.put_nowait(failure or why_no_token(stream.request.rules))
             self._drop_if_gone(request_id)
         self._grant()
 

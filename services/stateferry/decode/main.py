@@ -20,6 +20,7 @@ from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.host import WorkerHost
 from stateferry.worker.links import build_transport, transfer_limits
 from stateferry.worker.process import Announce, serve_until_stopped
+from stateferry.worker.steering import Steering
 
 
 async def run_decode(
@@ -34,8 +35,9 @@ async def run_decode(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.DECODE, host.key, clock)
+    steering = Steering(parts.rules)
     servicer = DecodeServicer(
-        desk, loop, parts, receiver, host.meter, config.transfer.seal_timeout_s
+        desk, loop, parts, steering, receiver, host.meter, config.transfer.seal_timeout_s
     )
 
     def register(server: grpc.aio.Server) -> Sequence[str]:
@@ -52,3 +54,4 @@ async def run_decode(
     finally:
         await receiver.close()
         await transport.close()
+        steering.close()

@@ -33,7 +33,7 @@ from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_ids, check_stop_ids
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
-from stateferry.worker.steering import steered_continuation
+from stateferry.worker.steering import Steering
 from stateferry.worker.waiting import run_to_end
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         desk: TicketDesk,
         loop: DecodeLoop,
         parts: EngineParts,
+        steering: Steering,
         receiver: HandoffReceiver,
         meter: WorkerMeter,
         seal_timeout_s: float,
@@ -59,7 +60,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._loop = loop
         self._cache = parts.cache
         self._limits = parts.limits
-        self._rules = parts.rules
+        self._steering = steering
         self._receiver = receiver
         self._meter = meter
         self._seal_timeout_s = seal_timeout_s
@@ -72,7 +73,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     ) -> AsyncGenerator[worker_pb2.DecodeEvent, None]:
         ticket = self._desk.admit(request.ticket)
         log_request_id(ticket.request_id)
-        wanted = await steered_continuation(self._accept(ticket, request), self._rules)
+        wanted = await self._steering.continuation(self._accept(ticket, request))
         self._loop.admit(wanted.request_id, ticket.prompt_len + wanted.stop.max_tokens)
         # Only from here on is there anything of this attempt to give back.
         try:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from stateferry.core.sampling import Penalties
 
-_FIRST_CAPACITY = 64
+# Places for tokens of the output, to begin with.
+_ROOM = 64
 
 
 class SeenTokens:
@@ -20,11 +21,10 @@ class SeenTokens:
 
     def __init__(self, penalties: Penalties, prompt_ids: Iterable[int]) -> None:
         self._penalties = penalties
-        self._places: dict[int, int] = {}
-        self._ids = np.empty(_FIRST_CAPACITY, dtype=np.int64)
-        self._counts = np.zeros(_FIRST_CAPACITY, dtype=np.float32)
-        for token_id in prompt_ids:
-            self._place(token_id)
+        distinct = list(dict.fromkeys(prompt_ids))
+        self._places = {token_id: place for place, token_id in enumerate(distinct)}
+        self._ids = np.array(distinct + [0] * _ROOM, dtype=np.int64)
+        self._counts = np.zeros(len(self._ids), dtype=np.float32)
 
     def add_output(self, token_id: int) -> None:
         """One more output token."""

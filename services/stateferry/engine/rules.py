@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from stateferry.core.errors import InvariantViolation
+from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.sampling import SamplingParams
 from stateferry.engine.penalties import SeenTokens
 from stateferry.guided.compiler import GuideCompiler
@@ -27,10 +27,12 @@ class SequenceRules:
         self._seen = seen
         self._matcher = matcher
         self._num_observed = 0
+        # Why no token could be chosen, once that has happened: the sequence cannot go on.
+        self.failure: StateferryError | None = None
 
     def apply(self, logits: npt.NDArray[np.float32], index: int) -> None:
         """Change ``logits`` (vocab_size,) for the choice of output token ``index``, in place; what
-        is out of the question gets -inf. Raises InvariantViolation when the guide broke."""
+        is out of the question gets -inf. Raises GuideBroke, InvariantViolation out of turn."""
         self._check_turn(index)
         if self._seen is not None:
             self._seen.apply(logits)
@@ -39,8 +41,7 @@ class SequenceRules:
             np.copyto(logits, -np.inf, where=~self._matcher.allowed())
 
     def observe(self, index: int, token_id: int) -> None:
-        """``token_id`` is output token ``index``. Raises InvariantViolation out of turn, or when
-        the guide does not allow it."""
+        """``token_id`` is output token ``index``. Raises as ``apply``."""
         self._check_turn(index)
         if self._seen is not None:
             self._seen.add_output(token_id)
@@ -82,3 +83,11 @@ def as_rules(rules: object) -> SequenceRules | None:
     if rules is None or isinstance(rules, SequenceRules):
         return rules
     raise InvariantViolation(f"a request carries {type(rules).__name__} as its rules")
+
+
+def why_no_token(rules: object) -> StateferryError:
+    """What to tell the owner of a row, with these rules, that the sampler gave no token."""
+    known = as_rules(rules)
+    if known is not None and known.failure is not None:
+        return known.failure
+    return InvariantViolation("the model's logits are not finite")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stateferry.core.errors import InvariantViolation
+from stateferry.core.errors import GuideBroke, InvariantViolation
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.draw import draw
 from stateferry.engine.forward_batch import SampleSpec
@@ -30,7 +30,7 @@ def sample(logits: torch.Tensor, specs: list[SampleSpec]) -> list[SampledToken |
     are told of their choice.
 
     None stands for a row with a non-finite logit, where nothing can be trusted, or one whose rules
-    broke.
+    broke, which then say why.
     """
     ids, finite = _likeliest_ids(logits)
     if all(_is_greedy(spec) for spec in specs):
@@ -79,9 +79,11 @@ def _sample_row(
     largest = float(logits[top_id])
     try:
         token_id = _choose(logits, top_id, spec)
-    except InvariantViolation:
+    except (GuideBroke, InvariantViolation) as error:
         # Of this sequence's rules alone: its neighbours must not suffer.
-        log.exception("the rules of one sequence broke at output token %d", spec.index)
+        log.warning("no choice of output token %d: %s", spec.index, error)
+        if spec.rules is not None:
+            spec.rules.failure = error
         return None
     if spec.params.logprobs is None:
         return SampledToken(token_id)

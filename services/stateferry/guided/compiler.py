@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from stateferry.core.errors import InvalidRequest, InvariantViolation
+from stateferry.core.errors import GuideBroke, InvalidRequest, InvariantViolation
 from stateferry.core.guide import Guide
 from stateferry.guided.grammar import grammar_text, refusal
 from stateferry.guided.matcher import GuideMatcher
@@ -24,12 +25,10 @@ _LIMITS = LLParserLimits(
     max_grammar_size=50_000,
     verbose_errors=False,
 )
-# The first step builds what the second finds to be over a limit.
-_TRIAL_STEPS = 2
 
 
 class GuideCompiler:
-    """Blocking, for any thread. The tokenizer is read at the first guide."""
+    """Blocking, for any thread. The tokenizer is read by ``load``, or else at the first guide."""
 
     def __init__(
         self, tokenizer_file: Path, vocab_size: int, eos_token_ids: frozenset[int]
@@ -37,10 +36,20 @@ class GuideCompiler:
         self._tokenizer_file = tokenizer_file
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._tokenizer: LLTokenizer | None = None
+        self._tokenizer: LLTokenizer | InvalidRequest | None = None
         self._compiled: OrderedDict[Guide, LLMatcher] = OrderedDict()
         # One at a time: a second thread would compile the same guide again.
         self._lock = threading.Lock()
+
+    def load(self) -> None:
+        """Read the tokenizer now. That holds the interpreter lock, for seconds if the vocabulary is
+        large, in which a process that serves already would answer nobody.
+
+        Never raises: with a tokenizer that cannot be used, each guide is refused.
+        """
+        if self._eos_token_ids:
+            with self._lock, contextlib.suppress(InvalidRequest):
+                self._loaded()
 
     def matcher(self, guide: Guide) -> GuideMatcher:
         """A matcher at the beginning of ``guide``.
@@ -65,12 +74,21 @@ class GuideCompiler:
         if matcher.is_error():
             raise refusal(guide, matcher.get_error())
         try:
-            # Most of the work comes with the first steps, whose limits must hold as well.
-            for _ in range(_TRIAL_STEPS):
-                GuideMatcher(matcher.deep_copy(), self._vocab_size).allowed()
-        except InvariantViolation as error:
+            self._try_out(matcher)
+        except (GuideBroke, InvariantViolation) as error:
             raise refusal(guide, str(error)) from error
         return matcher
+
+    def _try_out(self, matcher: LLMatcher) -> None:
+        """Most of the work comes with the first steps, whose limits must hold as well."""
+        GuideMatcher(matcher.deep_copy(), self._vocab_size).allowed()
+        # The first step builds, in what copies share, what the second finds to be over a limit.
+        second = GuideMatcher(matcher.deep_copy(), self._vocab_size)
+        begins = second.allowed()
+        begins[self._eos_token_ids] = False
+        if begins.any():
+            second.advance(int(begins.argmax()))
+            second.allowed()
 
     def _loaded(self) -> LLTokenizer:
         if self._tokenizer is None:
@@ -82,5 +100,7 @@ class GuideCompiler:
                 )
             # The library raises whatever its Rust side meets.
             except Exception as error:
-                raise InvalidRequest("guide", f"not with this tokenizer: {error}") from error
+                self._tokenizer = InvalidRequest("guide", f"not with this tokenizer: {error}")
+        if isinstance(self._tokenizer, InvalidRequest):
+            raise self._tokenizer
         return self._tokenizer

@@ -7,7 +7,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stateferry.core.errors import InvariantViolation
+from stateferry.core.errors import GuideBroke, InvariantViolation
+
+_MAX_PROBLEM_CHARS = 300
 
 
 class Automaton(Protocol):
@@ -31,13 +33,13 @@ class GuideMatcher:
     def allowed(self) -> npt.NDArray[np.bool_]:
         """(vocab_size,) which tokens may come next; never all false.
 
-        Raises InvariantViolation when the matcher hit a limit of its own.
+        Raises GuideBroke when the matcher hit a limit of its own.
         """
         bits = self._bits
         self._automaton.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         error = self._automaton.get_error()
         if error:
-            raise InvariantViolation(f"a guide broke: {error}")
+            raise _broken(error)
         # The library packs the lowest id into the lowest bit of 32.
         octets = bits.astype("<u4", copy=False).view(np.uint8)
         flags = np.unpackbits(octets, count=self._vocab_size, bitorder="little").view(np.bool_)
@@ -46,8 +48,12 @@ class GuideMatcher:
         return flags
 
     def advance(self, token_id: int) -> None:
-        """``token_id`` was chosen. Raises InvariantViolation when it was not allowed."""
+        """``token_id`` was chosen of those allowed. Raises GuideBroke when the matcher hit a limit
+        of its own."""
         if not self._automaton.consume_token(token_id):
-            raise InvariantViolation(
-                f"a guide does not allow token {token_id}: {self._automaton.get_error()}"
-            )
+            raise _broken(self._automaton.get_error())
+
+
+def _broken(error: str) -> GuideBroke:
+    text = " ".join(error.replace("<non-verbose/>", "").split())
+    return GuideBroke(f"guide: is too complex to go on: {text[:_MAX_PROBLEM_CHARS]}")

@@ -12,6 +12,7 @@ from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SampledToken
+from stateferry.engine.rules import why_no_token
 from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
 from stateferry.worker.batches import extend_batch
@@ -117,7 +118,7 @@ class PrefillLoop:
     def _finish(self, request_id: str, token: SampledToken | None) -> None:
         pending = self._pending[request_id]
         if token is None:
-            self._fail(request_id, InvariantViolation("the model's logits are not finite"))
+            self._fail(request_id, why_no_token(pending.request.rules))
             return
         if pending.started_s is None:
             raise InvariantViolation(f"{request_id} finished without having started")

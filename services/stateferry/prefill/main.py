@@ -21,6 +21,7 @@ from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.host import WorkerHost
 from stateferry.worker.links import build_transport, transfer_limits
 from stateferry.worker.process import Announce, serve_until_stopped
+from stateferry.worker.steering import Steering
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ async def run_prefill(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.PREFILL, host.key, clock)
-    servicer = PrefillServicer(desk, loop, parts, sender, host.meter)
+    steering = Steering(parts.rules)
+    servicer = PrefillServicer(desk, loop, parts, steering, sender, host.meter)
 
     def register(server: grpc.aio.Server) -> Sequence[str]:
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
@@ -59,3 +61,4 @@ async def run_prefill(
     finally:
         await sender.close()
         await transport.close()
+        steering.close()

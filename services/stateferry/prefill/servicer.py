@@ -33,7 +33,7 @@ from stateferry.worker.limits import check_request
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
 from stateferry.worker.segments import outgoing_segments
-from stateferry.worker.steering import steered_soon
+from stateferry.worker.steering import Steering
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         desk: TicketDesk,
         loop: PrefillLoop,
         parts: EngineParts,
+        steering: Steering,
         sender: HandoffSender,
         meter: WorkerMeter,
     ) -> None:
@@ -57,7 +58,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._loop = loop
         self._cache = parts.cache
         self._limits = parts.limits
-        self._rules = parts.rules
+        self._steering = steering
         self._sender = sender
         self._meter = meter
 
@@ -69,7 +70,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
     ) -> AsyncGenerator[worker_pb2.PrefillEvent, None]:
         ticket = self._desk.admit(request.ticket)
         log_request_id(ticket.request_id)
-        wanted = await steered_soon(self._accept(ticket, request), self._rules)
+        wanted = await self._steering.prompt(self._accept(ticket, request))
         self._loop.submit(wanted)
         # Only from here on is there anything of this attempt to give back.
         try:

@@ -197,4 +197,4 @@ class Admission:
             self._waiting.popleft()
 
     def _tell_occupancy(self) -> None:
-        self._observer.occupancy(len(self._inside), len(self._waiting))
+        self._observer.occupancy(self.num_in_flight, len(self._waiting))

@@ -107,9 +107,9 @@ async def run_router(
         )
     metrics = new_registry()
     set_build_info(metrics, role="router", version=stateferry.__version__, kernels="", transport="")
-    guides = GuideGate(
-        GuideCompiler(model_dir / "tokenizer.json", model.vocab_size, model.eos_token_ids)
-    )
+    compiler = GuideCompiler(model_dir / "tokenizer.json", model.vocab_size, model.eos_token_ids)
+    compiler.load()
+    guides = GuideGate(compiler)
     router = build_router(config, model, tokenizer, guides, SystemClock(), RouterMetrics(metrics))
     exporter = start_exporter(metrics, config.router.host, config.router.metrics_port)
     try:

@@ -55,11 +55,18 @@ def read_model_info(model_dir: Path, section: ModelSection) -> ModelInfo:
         name=section.name or model_dir.name,
         vocab_size=vocab_size,
         max_context_tokens=section.max_context_tokens,
-        grid_tokens=section.grid_tokens or _positive(config, "chunk_size"),
+        grid_tokens=section.grid_tokens or _chunk_size(config),
         eos_token_ids=read_eos_token_ids(model_dir, vocab_size),
         weights=weights_fingerprint(model_dir) if has_weights(model_dir) else None,
         dtype=section.dtype,
     )
+
+
+def _chunk_size(config: dict[str, Any]) -> int:
+    for option in ("chunk_size", "mamba_chunk_size"):
+        if option in config:
+            return _positive(config, option)
+    raise ModelError("config.json: has no chunk_size; set model.grid_tokens instead")
 
 
 def _positive(config: dict[str, Any], option: str) -> int:

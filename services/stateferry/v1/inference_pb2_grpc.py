@@ -53,8 +53,9 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Continues one prompt. Of each choice any number of deltas, in order and without gaps, then exactly
-        one completion; events of several choices interleave. An error of any choice ends the stream with a gRPC status instead of a completion; a request
-        that can never be accepted gets INVALID_ARGUMENT whose message starts with the field's path.
+        one completion; events of several choices interleave. An error of any choice ends the stream with
+        a gRPC status instead of a completion; a request that can never be accepted gets INVALID_ARGUMENT
+        whose message starts with the field's path.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -82,7 +82,7 @@ def build_engine(
         device=device,
     )
     runner, cache = ModelRunner(loaded, pools, device), StateCache(pools, sizes.sequences)
-    _try_out(runner, cache, grid)
+    _try_out(runner, cache, min(grid + 1, model.max_context_tokens - 1))
     return EngineParts(
         runner=runner,
         cache=cache,
@@ -111,7 +111,9 @@ def build_engine(
 
 def _rules(model_dir: Path, vocab_size: int) -> RulesMaker:
     eos_token_ids = read_eos_token_ids(model_dir, vocab_size)
-    return RulesMaker(GuideCompiler(model_dir / "tokenizer.json", vocab_size, eos_token_ids))
+    guides = GuideCompiler(model_dir / "tokenizer.json", vocab_size, eos_token_ids)
+    guides.load()
+    return RulesMaker(guides)
 
 
 def _sizes(
@@ -144,16 +146,16 @@ def _report(sizes: PoolSizes) -> None:
     )
 
 
-def _try_out(runner: ModelRunner, cache: StateCache, grid: int) -> None:
-    """Run one prompt across a grid point and one decode row, before anybody is told to come.
+def _try_out(runner: ModelRunner, cache: StateCache, prompt_len: int) -> None:
+    """Run one prompt and one decode row, before anybody is told to come.
 
     It also pays for what a process does only once. Raises ModelError when no token comes out.
     """
     spec = SampleSpec(SamplingParams(0.0, 0, 1.0, 0, None), index=0)
-    if not cache.reserve("try-out", num_tokens=grid + 2):
+    if not cache.reserve("try-out", num_tokens=prompt_len + 1):
         raise InvariantViolation("the pools of an idle worker are full")
     lease = cache.lease("try-out")
-    tokens = runner.extend(ExtendBatch((ExtendRow(lease, (0,) * (grid + 1), spec),)))
+    tokens = runner.extend(ExtendBatch((ExtendRow(lease, (0,) * prompt_len, spec),)))
     tokens += runner.decode(DecodeBatch((DecodeInput(lease, 0, spec),)))
     cache.release("try-out")
     if None in tokens:

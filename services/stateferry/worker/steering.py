@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.engine.prompt_scores import PromptScores
-from stateferry.engine.rules import RulesMaker, needs_rules
+from stateferry.engine.rules import RulesMaker, SequenceRules
 
 
 def steered(request: GenerationRequest, maker: RulesMaker) -> GenerationRequest:
@@ -15,23 +16,40 @@ def steered(request: GenerationRequest, maker: RulesMaker) -> GenerationRequest:
 
     Raises InvalidRequest naming the guide's field when it cannot be used.
     """
-    scores = None
-    if request.prompt_logprobs is not None:
-        scores = PromptScores(request.prompt_ids, request.prompt_logprobs)
     rules = maker.make(request.sampling, request.seen_prompt_ids)
-    return replace(request, rules=rules, scores=scores)
+    return replace(request, rules=rules, scores=_scores(request))
 
 
-async def steered_soon(request: GenerationRequest, maker: RulesMaker) -> GenerationRequest:
-    """As ``steered``; the event loop goes on meanwhile."""
-    if request.sampling.guide is None:
-        return steered(request, maker)
-    return await asyncio.to_thread(steered, request, maker)
+class Steering:
+    """The same beside an event loop, which goes on while a guide is compiled."""
+
+    def __init__(self, maker: RulesMaker) -> None:
+        self._maker = maker
+        # Its own thread: hard guides must not take those that hand-offs are copied on.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guides")
+
+    async def prompt(self, request: GenerationRequest) -> GenerationRequest:
+        """As ``steered``."""
+        rules = await self._rules(request.continuation)
+        return replace(request, rules=rules, scores=_scores(request))
+
+    async def continuation(self, request: Continuation) -> Continuation:
+        """Of a request whose token 0 another worker chooses."""
+        return replace(request, rules=await self._rules(request))
+
+    def close(self) -> None:
+        """Stop the thread; what it runs comes to its end first."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _rules(self, request: Continuation) -> SequenceRules | None:
+        sampling, seen = request.sampling, request.seen_prompt_ids
+        if sampling.guide is None:
+            return self._maker.make(sampling, seen)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._maker.make, sampling, seen)
 
 
-async def steered_continuation(request: Continuation, maker: RulesMaker) -> Continuation:
-    """As ``steered_soon``, of a request whose token 0 another worker chooses."""
-    if not needs_rules(request.sampling):
-        return request
-    rules = await asyncio.to_thread(maker.make, request.sampling, request.seen_prompt_ids)
-    return replace(request, rules=rules)
+def _scores(request: GenerationRequest) -> PromptScores | None:
+    if request.prompt_logprobs is None:
+        return None
+    return PromptScores(request.prompt_ids, request.prompt_logprobs)
