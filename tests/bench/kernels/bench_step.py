@@ -58,14 +58,19 @@ def _case(
         OURS: entry(select_kernels("cpu").state_step),
         TORCH_BACKEND: entry(select_kernels("torch").state_step),
     }
+    firsts = {OURS: pools[0], TORCH_BACKEND: pools[0]}
     if state_dtype == FP32:
+        # It has no slots: each layer's states in one piece suit it best.
+        pieces = [first.clone() for _ in range(layers)]
         contenders[TORCH_DIRECT] = Local(
-            lambda i: torch_peers.state_step(pools[i][1:], **tokens, params=params, out=out), layers
+            lambda i: torch_peers.state_step(pieces[i][1:], **tokens, params=params, out=out),
+            layers,
         )
-    expected = _first_result(contenders[OURS], pools[0], first, out)
+        firsts[TORCH_DIRECT] = pieces[0]
+    expected = _first_result(contenders[OURS], firsts[OURS], first, out)
     for name in (TORCH_BACKEND, TORCH_DIRECT):
         if name in contenders:
-            _expect(name, expected, _first_result(contenders[name], pools[0], first, out))
+            _expect(name, expected, _first_result(contenders[name], firsts[name], first, out))
     contenders[STREAM] = stream(layers * state_bytes)
     if vllm:
         case = _vllm_case(tokens, params, first, layers)
