@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import grpc
 
+from stateferry.api.answer_codec import Timings
 from stateferry.api.server import open_channel
 from stateferry.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc
 
@@ -93,21 +94,6 @@ class PromptPart:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     top_logprobs: tuple[TopLogprobs, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time went, in seconds; ``handoff_bytes`` crossed ``transport``."""
-
-    queue_s: float
-    prefill_queue_s: float
-    prefill_s: float
-    ttft_s: float
-    handoff_s: float
-    handoff_bytes: int
-    transport: str
-    decode_s: float
-    total_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +267,7 @@ def _top(logprobs: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TopLogprobs, 
 
 
 def _completion(completion: inference_pb2.Completion) -> Completion:
-    usage, spent = completion.usage, completion.timings
+    usage = completion.usage
     reason = inference_pb2.FinishReason.Name(completion.finish_reason)
     return Completion(
         request_id=completion.request_id,
@@ -294,16 +280,6 @@ def _completion(completion: inference_pb2.Completion) -> Completion:
         matched_stop=completion.matched_stop,
         prefill_worker=completion.prefill_worker,
         decode_worker=completion.decode_worker,
-        timings=Timings(
-            queue_s=spent.queue_s,
-            prefill_queue_s=spent.prefill_queue_s,
-            prefill_s=spent.prefill_s,
-            ttft_s=spent.ttft_s,
-            handoff_s=spent.handoff_s,
-            handoff_bytes=spent.handoff_bytes,
-            transport=spent.transport,
-            decode_s=spent.decode_s,
-            total_s=spent.total_s,
-        ),
+        timings=Timings.of(completion.timings),
         choice=completion.choice,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds; the proto says from where to where."""
+    """Where the time went, in seconds; the proto says from where to where. Fields are the
+    message's."""
 
     queue_s: float
     prefill_queue_s: float
@@ -57,6 +59,12 @@ class Timings:
     transport: str
     decode_s: float
     total_s: float
+
+    @classmethod
+    def of(cls, message: pb.Timings) -> Timings:
+        """As a client reads them."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: getattr(message, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +119,7 @@ def prompt_part_to_bytes(part: PromptPart) -> bytes:
 
 def completion_to_bytes(completion: Completion) -> bytes:
     """The last GenerateResponse of a stream."""
-    usage, timings = completion.usage, completion.timings
+    usage = completion.usage
     message = pb.Completion(
         request_id=completion.request_id,
         finish_reason=_FINISH_REASONS[completion.finish_reason],
@@ -121,17 +129,7 @@ def completion_to_bytes(completion: Completion) -> bytes:
             prefix_tokens=usage.prefix_tokens,
             resumed_tokens=usage.resumed_tokens,
         ),
-        timings=pb.Timings(
-            queue_s=timings.queue_s,
-            prefill_queue_s=timings.prefill_queue_s,
-            prefill_s=timings.prefill_s,
-            ttft_s=timings.ttft_s,
-            handoff_s=timings.handoff_s,
-            handoff_bytes=timings.handoff_bytes,
-            transport=timings.transport,
-            decode_s=timings.decode_s,
-            total_s=timings.total_s,
-        ),
+        timings=pb.Timings(**dataclasses.asdict(completion.timings)),
         seed=completion.seed,
         matched_stop=completion.matched_stop,
         prefill_worker=completion.prefill_worker,

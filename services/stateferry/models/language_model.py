@@ -11,7 +11,7 @@ import torch
 from stateferry.models.caches import LayerCaches
 from stateferry.models.layers.block import Block
 from stateferry.models.layers.mixer import MixerCore
-from stateferry.models.step import DecodeStep, ExtendStep, Step
+from stateferry.models.step import Step
 from stateferry_kernels.kv_layer import KvGeometry, KvPlan
 from stateferry_kernels.layer_state import StateGeometry
 from stateferry_kernels.operations import Kernels
@@ -56,7 +56,7 @@ class LanguageModel:
         Returns logits (len(last_rows), vocab_size) fp32 of the rows asked for. Mutates ``caches``
         as the plans say.
         """
-        step = ExtendStep(self.kernels, token_ids, plan, kv_plan, caches)
+        step = Step.extend(self.kernels, token_ids, plan, kv_plan, caches)
         last, residual = self._stack(token_ids, step)
         if not last_rows:
             return torch.empty((0, self.vocab_size), device=token_ids.device)
@@ -70,7 +70,7 @@ class LanguageModel:
 
         Returns logits (num_seqs, vocab_size) fp32. Appends to tails and pages; commits nothing.
         """
-        step = DecodeStep(self.kernels, token_ids, plan, kv_plan, caches)
+        step = Step.decode(self.kernels, token_ids, plan, kv_plan, caches)
         return self._logits(*self._stack(token_ids, step))
 
     def commit(self, plan: CommitPlan, caches: LayerCaches) -> None:

@@ -6,7 +6,9 @@ model. Layers are written once and ask the step for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -44,20 +46,71 @@ class Positions:
     end: int  # above all of them
 
 
-class _Step:
-    """What both kinds of step have."""
+class Step:
+    """One pass; ``conv`` and ``ssm`` are bound to its plan."""
 
     def __init__(
-        self, kernels: Kernels, token_ids: torch.Tensor, kv_plan: KvPlan, caches: LayerCaches
+        self,
+        kernels: Kernels,
+        token_ids: torch.Tensor,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+        conv: Callable[..., None],
+        ssm: Callable[..., None],
     ) -> None:
         self.kernels = kernels
         self.kv_plan = kv_plan
         self.caches = caches
         self.num_rows = token_ids.shape[0]
         self._device = token_ids.device
+        self._conv = conv
+        self._ssm = ssm
         self._mixer_rows: MixerRows | None = None
         self._attended: Attended | None = None
         self._positions: Positions | None = None
+
+    @classmethod
+    def extend(
+        cls,
+        kernels: Kernels,
+        token_ids: torch.Tensor,
+        plan: ExtendPlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+    ) -> Step:
+        """A packed batch of runs of tokens."""
+        conv = partial(kernels.causal_conv1d_extend, plan=plan)
+        ssm = partial(kernels.chunk_scan, plan=plan)
+        return cls(kernels, token_ids, kv_plan, caches, conv, ssm)
+
+    @classmethod
+    def decode(
+        cls,
+        kernels: Kernels,
+        token_ids: torch.Tensor,
+        plan: DecodePlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+    ) -> Step:
+        """One token per sequence."""
+        conv = partial(kernels.causal_conv1d_row, plan=plan)
+        ssm = partial(kernels.decode_row, plan=plan)
+        return cls(kernels, token_ids, kv_plan, caches, conv, ssm)
+
+    def conv(self, xBC: torch.Tensor, conv: ConvParams, state: LayerState, rows: MixerRows) -> None:
+        """Convolve and activate xBC (num_rows, conv_dim)."""
+        self._conv(xBC, conv=conv, state=state, out=rows.activated)
+
+    def ssm(
+        self,
+        rows: MixerRows,
+        dt: torch.Tensor,
+        params: SsmLayerParams,
+        state: LayerState,
+        z: torch.Tensor | None,
+    ) -> None:
+        """x, dt, B, C -> y, gated by z (num_rows, nheads, headdim) if there is one."""
+        self._ssm(rows.x, dt, rows.B, rows.C, params=params, state=state, out=rows.y_heads, z=z)
 
     @property
     def positions(self) -> Positions:
@@ -91,90 +144,3 @@ class _Step:
             heads = rows.view(self.num_rows, sizes.heads, sizes.head_dim)
             self._attended = Attended(rows, heads)
         return self._attended
-
-
-class ExtendStep(_Step):
-    """A packed batch of runs of tokens."""
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        token_ids: torch.Tensor,
-        plan: ExtendPlan,
-        kv_plan: KvPlan,
-        caches: LayerCaches,
-    ) -> None:
-        super().__init__(kernels, token_ids, kv_plan, caches)
-        self._plan = plan
-
-    def conv(self, xBC: torch.Tensor, conv: ConvParams, state: LayerState, rows: MixerRows) -> None:
-        """Convolve and activate xBC (num_rows, conv_dim)."""
-        self.kernels.causal_conv1d_extend(
-            xBC, conv=conv, plan=self._plan, state=state, out=rows.activated
-        )
-
-    def ssm(
-        self,
-        rows: MixerRows,
-        dt: torch.Tensor,
-        params: SsmLayerParams,
-        state: LayerState,
-        z: torch.Tensor | None,
-    ) -> None:
-        """x, dt, B, C -> y, gated by z (num_rows, nheads, headdim) if there is one."""
-        self.kernels.chunk_scan(
-            rows.x,
-            dt,
-            rows.B,
-            rows.C,
-            params=params,
-            plan=self._plan,
-            state=state,
-            out=rows.y_heads,
-            z=z,
-        )
-
-
-class DecodeStep(_Step):
-    """One token per sequence."""
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        token_ids: torch.Tensor,
-        plan: DecodePlan,
-        kv_plan: KvPlan,
-        caches: LayerCaches,
-    ) -> None:
-        super().__init__(kernels, token_ids, kv_plan, caches)
-        self._plan = plan
-
-    def conv(self, xBC: torch.Tensor, conv: ConvParams, state: LayerState, rows: MixerRows) -> None:
-        """Convolve and activate xBC (num_rows, conv_dim)."""
-        self.kernels.causal_conv1d_row(
-            xBC, conv=conv, plan=self._plan, state=state, out=rows.activated
-        )
-
-    def ssm(
-        self,
-        rows: MixerRows,
-        dt: torch.Tensor,
-        params: SsmLayerParams,
-        state: LayerState,
-        z: torch.Tensor | None,
-    ) -> None:
-        """x, dt, B, C -> y, gated by z (num_rows, nheads, headdim) if there is one."""
-        self.kernels.decode_row(
-            rows.x,
-            dt,
-            rows.B,
-            rows.C,
-            params=params,
-            plan=self._plan,
-            state=state,
-            out=rows.y_heads,
-            z=z,
-        )
-
-
-Step = ExtendStep | DecodeStep
