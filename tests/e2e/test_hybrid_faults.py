@@ -74,6 +74,7 @@ async def test_a_worker_fails_under_load(hybrid: Path, name: str, number: signal
                     await asyncio.sleep(STILL_S)
                     cluster.kill(name, signal.SIGCONT)
             assert set(codes) <= {grpc.StatusCode.UNAVAILABLE} and len(codes) < len(requests)
+            assert codes or number is signal.SIGSTOP, "nobody was there when it died"
             await wait_until_idle(client, within_s=20)
             # And those that are there go on.
             codes.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,18 +62,28 @@ async def test_requests_wait_for_pages_and_all_are_right(small: LocalCluster, hy
 
 async def test_pages_come_back_from_a_request_that_is_cut_off(small: LocalCluster) -> None:
     [request] = random_requests(1, seed=9, lengths=(3 * GRID,), max_tokens=(4 * GRID,))
+    streaming, ended = 0, 0
+
+    async def begin(client: Client, request_id: str) -> None:
+        nonlocal streaming, ended
+        options = GenerateOptions(max_tokens=4 * GRID, ignore_eos=True, request_id=request_id)
+        streams = False
+        try:
+            async for _ in client.generate(request.prompt_ids, options):
+                streams = True
+            ended += 1
+        except asyncio.CancelledError:
+            streaming += streams
+            raise
+
     async with Client(small.router_address) as client:
         for wait_s in (0.0, 0.005, 0.02, 0.05, 0.1, 0.3):
-            running = [
-                asyncio.ensure_future(
-                    ask(client, dataclasses.replace(request, request_id=f"cut-{wait_s}-{n}"))
-                )
-                for n in range(6)
-            ]
+            running = [asyncio.ensure_future(begin(client, f"cut-{wait_s}-{n}")) for n in range(6)]
             await asyncio.sleep(wait_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+        assert streaming and streaming + ended < 36, "cut off while waiting, and while streaming"
         await wait_until_idle(client, within_s=3)
 
 

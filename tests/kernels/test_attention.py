@@ -134,12 +134,16 @@ def test_no_rows_are_no_work(backend: str) -> None:
     sizes = Sizes()
     empty = make_rows(sizes, 4, torch.float32)[:0]
     for sequences in ((), (KvSequence(0, 0, ()),), (KvSequence(7, 0, (1,)),)):
+        layer = Reader(kernels_of(backend), sizes, 16, torch.float32).layer
+        before = [pages.clone().view(torch.int32) for pages in (layer.keys, layer.values)]
         kernels_of(backend).attention(
             empty.q,
             empty.k,
             empty.v,
             plan=KvPlan(16, sequences),
-            kv=Reader(kernels_of(backend), sizes, 16, torch.float32).layer,
+            kv=layer,
             scale=1.0,
             out=empty.q.clone(),
         )
+        for pages, bits in zip((layer.keys, layer.values), before, strict=True):
+            assert torch.equal(pages.view(torch.int32), bits)
