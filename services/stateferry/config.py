@@ -117,9 +117,16 @@ class WorkerSection:
     )
     memory_bytes: int = _setting(
         0,
-        "Memory for sequences: recurrent state, then keys and values. 0: a quarter of the RAM, or "
-        "85 % of what is free on the GPU once the weights are loaded; never more than needed.",
+        "Memory for sequences: recurrent state, then keys and values. 0: half of the RAM, or 85 % "
+        "of what is free on the GPU once the weights are loaded, shared with the machine's other "
+        "workers; never more than needed.",
         least=0,
+    )
+    workers_per_machine: int = _setting(
+        1,
+        "Workers that share this machine's memory, this one included. `stateferry serve` counts "
+        "those that it starts.",
+        least=1,
     )
     max_queue: int = _setting(256, "Requests waiting for a place; more are refused.", least=1)
     extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.", least=1)

@@ -75,6 +75,7 @@ def test_children_get_settings_key_and_environment(
     assert worker["STATEFERRY_CLUSTER_ROUTERS"] == cluster.router_address
     assert len(router["STATEFERRY_CLUSTER_KEY"]) >= 32
     assert worker["STATEFERRY_CLUSTER_KEY"] == router["STATEFERRY_CLUSTER_KEY"]
+    assert worker["STATEFERRY_WORKER_WORKERS_PER_MACHINE"] == str(len(seen) - 1)
     assert worker["OMP_NUM_THREADS"] == "1"
     assert worker["MALLOC_ARENA_MAX"] == "2"
     # The user's own choice stays; a setting of ours comes from the configuration alone.

@@ -23,11 +23,12 @@ def test_automatic_is_a_share_of_the_machines_memory(
 ) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(memory, "_CGROUP_LIMIT", limit)
-    whole = memory.automatic_budget_bytes(CPU)
+    whole = memory.automatic_budget_bytes(CPU, 1)
     assert whole > 1 << 28
-    for text, expected in (("max\n", whole), (str(1 << 60), whole), ("400000000\n", 100_000_000)):
+    for text, expected in (("max\n", whole), (str(1 << 60), whole), ("400000000\n", 200_000_000)):
         limit.write_text(text)
-        assert memory.automatic_budget_bytes(CPU) == expected
+        assert memory.automatic_budget_bytes(CPU, 1) == expected
+        assert memory.automatic_budget_bytes(CPU, 4) == expected // 4
 
 
 def test_a_device_that_is_not_there_is_a_setting_to_change(

@@ -214,8 +214,9 @@ class LocalCluster:
 
     def _spawn_workers(self) -> None:
         routers = replace(self._config.cluster, routers=self.router_address)
+        sharing = max(len(self._workers), self._config.worker.workers_per_machine)
         for name, role in self._workers.items():
-            worker = replace(self._config.worker, id=name)
+            worker = replace(self._config.worker, id=name, workers_per_machine=sharing)
             self._spawn(name, role, replace(self._config, cluster=routers, worker=worker))
 
     def _spawn(self, name: str, role: str, config: Config) -> None:

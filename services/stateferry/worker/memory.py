@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 
-# Several workers share a machine, and each of them has weights too.
-RAM_SHARE = 0.25
+# The rest is for weights and activations.
+RAM_SHARE = 0.5
 # The rest is for activations and for what torch keeps.
 GPU_SHARE = 0.85
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def automatic_budget_bytes(device: torch.device) -> int:
-    """A share of the memory that the machine or its container has, or of what is free on a GPU: ask
-    for it once the weights are loaded."""
+def automatic_budget_bytes(device: torch.device, workers_per_machine: int) -> int:
+    """One worker's part of a share of the memory that the machine or its container has, or of what
+    is free on a GPU: ask for it once the weights are loaded. Together they never take more than the
+    share."""
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * GPU_SHARE)
-    return int(_ram_bytes() * RAM_SHARE)
+        return int(free_bytes * GPU_SHARE / workers_per_machine)
+    return int(_ram_bytes() * RAM_SHARE / workers_per_machine)
 
 
 def _ram_bytes() -> int:

@@ -126,7 +126,8 @@ def _sizes(
         dtype=loaded.dtype,
         max_sequences=worker.max_requests,
         max_context_tokens=model.max_context_tokens,
-        budget_bytes=worker.memory_bytes or automatic_budget_bytes(device),
+        budget_bytes=worker.memory_bytes
+        or automatic_budget_bytes(device, worker.workers_per_machine),
     )
 
 
