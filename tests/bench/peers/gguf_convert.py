@@ -1,8 +1,9 @@
 """llama.cpp's own converter on our random-weight checkpoints: started by contenders.py as
 ``gguf_convert.py LLAMA_DIR CHECKPOINT OUTFILE OUTTYPE``.
 
-Two things about them are news to it: a tokenizer of bare bytes, and a NemotronH whose config.json
-has the numbers of experts, as transformers writes them, without a layer that has any.
+Three things about them are news to it: a tokenizer that it does not know by its hash, one without a
+single merge, and a NemotronH whose config.json has the numbers of experts, as transformers writes
+them, without a layer that has any.
 """
 
 from __future__ import annotations
@@ -28,8 +29,17 @@ def dense(hparams: dict[str, Any]) -> dict[str, Any]:
 
 def main(root: str, checkpoint: str, outfile: str, outtype: str) -> None:
     sys.path[:0] = [root, str(Path(root) / "gguf-py")]
+    import gguf
     from conversion import base
 
+    # Its loader wants merges; this one joins two bytes to a token that there is not.
+    add = gguf.SpecialVocab.add_to_gguf
+
+    def with_merges(vocab: Any, *given: Any, **named: Any) -> None:
+        vocab.merges = vocab.merges or ["a b"]
+        add(vocab, *given, **named)
+
+    gguf.SpecialVocab.add_to_gguf = with_merges
     load = base.ModelBase.load_hparams
     base.ModelBase.load_hparams = staticmethod(lambda *given, **named: dense(load(*given, **named)))
     base.TextModel.get_vocab_base_pre = lambda *_: "gpt-2"
