@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from stateferry.bundled.recipe import checkpoint, cleaning, corpus, export, html_text, ngram
-from stateferry.bundled.recipe.model import LanguageModel, ModelConfig
+from stateferry.bundled.recipe.config import BUNDLED, ModelConfig, layers_of
+from stateferry.bundled.recipe.model import LanguageModel
 from stateferry.bundled.recipe.readers import Document
 from stateferry.bundled.recipe.ssd import ssd_blocks, ssd_recurrent
 
@@ -24,11 +26,14 @@ TINY = ModelConfig(
     n_groups=2,
     chunk_size=16,
 )
+TINY_HYBRID = dataclasses.replace(
+    TINY, layer_types=layers_of("M*-M-"), time_step_min=0.5, mlp_size=48, tied=False
+)
 
 
-def tiny_model() -> LanguageModel:
+def tiny_model(config: ModelConfig = TINY) -> LanguageModel:
     torch.manual_seed(3)
-    model = LanguageModel(TINY).eval()
+    model = LanguageModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # nothing stays at a value that hides a mistake
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -63,9 +68,12 @@ def test_gradients_of_the_block_form_are_those_of_the_recurrence() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_exported_model_has_the_same_logits_in_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [TINY, TINY_HYBRID], ids=["mamba2", "hybrid"])
+def test_an_exported_model_has_the_same_logits_in_transformers(
+    tmp_path: Path, config: ModelConfig
+) -> None:
     transformers = pytest.importorskip("transformers")
-    model = tiny_model()
+    model = tiny_model(config)
     export.export_model(model, tmp_path, dtype=torch.float32)
     other: Any
     other, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -76,6 +84,34 @@ def test_an_exported_model_has_the_same_logits_in_transformers(tmp_path: Path) -
     with torch.no_grad():
         ours, theirs = model(ids), other(ids).logits
     assert (ours - theirs).norm() / theirs.norm() < 1e-4
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_HYBRID, *BUNDLED.values()])
+def test_an_exported_model_is_the_model_that_was_trained(
+    tmp_path: Path, config: ModelConfig
+) -> None:
+    model = tiny_model(config)
+    export.export_model(model, tmp_path, dtype=torch.float32)
+    again = export.load_exported(tmp_path)
+    assert dataclasses.replace(again.config, dropout=config.dropout) == config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_the_smallest_step_size_counts() -> None:
+    """It is above what the tiny hybrid's layers would take, or the test above shows nothing."""
+    ids = torch.randint(0, TINY.vocab_size, (1, 40))
+    model = tiny_model(TINY_HYBRID)
+    free = LanguageModel(dataclasses.replace(TINY_HYBRID, time_step_min=0.0)).eval()
+    free.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(model(ids), free(ids), rtol=1e-2)
+
+
+def test_export_refuses_a_step_size_that_mamba2_would_not_read(tmp_path: Path) -> None:
+    model = tiny_model(dataclasses.replace(TINY, time_step_min=0.5))
+    with pytest.raises(ValueError, match="smallest step size"):
+        export.export_model(model, tmp_path)
 
 
 def test_export_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:

@@ -74,9 +74,13 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Tokenizer:
     return Tokenizer(raw)
 
 
+# Removed when the tests end; a guide may read its file at any time before.
+_TOKENIZERS = tempfile.TemporaryDirectory(prefix="stateferry-guides-")
+
+
 def guide_gate(tokenizer: Tokenizer) -> GuideGate:
     """Guides for ``tokenizer``; llguidance reads it from a file."""
-    folder = Path(tempfile.mkdtemp(prefix="stateferry-guides-"))
+    folder = Path(tempfile.mkdtemp(dir=_TOKENIZERS.name))
     tokenizer._tokenizer.save(str(folder / "tokenizer.json"))
     return GuideGate(GuideCompiler(folder / "tokenizer.json", VOCAB_SIZE, frozenset({EOS})))
 

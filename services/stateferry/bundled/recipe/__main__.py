@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from stateferry.bundled.recipe import corpus, evaluate, export, notices, tokenizer
-from stateferry.bundled.recipe.model import ModelConfig
+from stateferry.bundled.recipe.config import BUNDLED
 from stateferry.bundled.recipe.train import TrainSettings, train
 
 # Not bundled_model_dir(): the recipe must also run where the model is yet to be made.
-MODEL_DIR = Path(__file__).parents[1] / "mamba2_english"
+MODELS_DIR = Path(__file__).parents[1]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,10 +30,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--work", type=Path, default=Path(".corpus"), help="work directory")
         if name != "corpus":
             command.add_argument(
-                "--model-dir", type=Path, default=MODEL_DIR, help="model directory"
+                "--model", choices=sorted(BUNDLED), default="hybrid_english", help="which model"
             )
+            command.add_argument("--model-dir", type=Path, help="default: the bundled one")
         if name in ("train", "export"):
-            command.add_argument("--checkpoint", type=Path, help="default: WORK/checkpoint")
+            command.add_argument("--checkpoint", type=Path, help="default: WORK/MODEL")
         if name == "train":
             _train_arguments(command)
         if name == "evaluate":
@@ -68,7 +70,7 @@ def _train(args: argparse.Namespace, target: Path) -> None:
         compiled=not args.no_compile,
         resume=args.resume,
     )
-    train(settings, ModelConfig(dropout=args.dropout))
+    train(settings, dataclasses.replace(BUNDLED[args.model], dropout=args.dropout))
 
 
 def main() -> None:
@@ -76,16 +78,18 @@ def main() -> None:
     args = _parser().parse_args()
     if args.command == "corpus":
         corpus.build(args.work)
-    elif args.command == "tokenizer":
-        tokenizer.train(args.work, args.model_dir)
-        tokenizer.write_arrays(args.work, args.model_dir)
+        return
+    model_dir = args.model_dir or MODELS_DIR / args.model
+    if args.command == "tokenizer":
+        tokenizer.train(args.work, model_dir)
+        tokenizer.write_arrays(args.work, model_dir)
     elif args.command == "train":
-        _train(args, args.checkpoint or args.work / "checkpoint")
+        _train(args, args.checkpoint or args.work / args.model)
     elif args.command == "export":
-        export.export_checkpoint(args.checkpoint or args.work / "checkpoint", args.model_dir)
-        notices.write_sources(args.work, args.model_dir)
+        export.export_checkpoint(args.checkpoint or args.work / args.model, model_dir)
+        notices.write_sources(args.work, model_dir)
     else:
-        evaluate.evaluate(args.work, args.model_dir, args.device, ngram_too=not args.no_ngram)
+        evaluate.evaluate(args.work, model_dir, args.device, ngram_too=not args.no_ngram)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stateferry.bundled.recipe.model import LanguageModel, config_from_dict
+from stateferry.bundled.recipe.config import config_from_dict
+from stateferry.bundled.recipe.model import LanguageModel
 
 SHARD_BYTES = 15_000_000
 

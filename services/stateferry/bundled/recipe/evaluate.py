@@ -50,7 +50,7 @@ def document_bits(model: LanguageModel, encoded: Tokenizer, text: str, device: s
     nats = 0.0
     for start in range(0, len(hidden), LOGIT_ROWS):
         rows = hidden[start : start + LOGIT_ROWS]
-        logits = F.linear(rows, model.backbone.embeddings.weight).float()
+        logits = model.logits(rows).float()
         targets = sequence[start + 1 : start + 1 + len(rows)]
         nats += float(F.cross_entropy(logits, targets, reduction="sum"))
     return nats / math.log(2)

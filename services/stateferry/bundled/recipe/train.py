@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from stateferry.bundled.recipe import checkpoint
+from stateferry.bundled.recipe.config import ModelConfig
 from stateferry.bundled.recipe.data import Starts, TokenData
-from stateferry.bundled.recipe.model import LanguageModel, ModelConfig
+from stateferry.bundled.recipe.model import LanguageModel
 
 LOG_EVERY_STEPS = 50
 WARMUP_STEPS = 300
