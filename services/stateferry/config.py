@@ -26,6 +26,7 @@ _MAX_PORT = 65535
 # Numbers of tokens travel in 32 bits.
 _MAX_TOKENS = (1 << 31) - 1
 _MAX_THREADS = 4096
+AUTO_NICE = -1
 
 
 def _setting(
@@ -139,7 +140,19 @@ class WorkerSection:
         "Kernel backend: auto, cpu, triton, torch, reference.",
         variable=f"{ENV_PREFIX}_KERNELS",
     )
+    decode_graphs: str = _setting(
+        "auto",
+        "auto captures decode steps as CUDA graphs where they run on a GPU, off never does.",
+    )
     threads: int = _setting(1, "CPU threads of one tensor operation.", least=1, most=_MAX_THREADS)
+    step_nice: int = _setting(
+        AUTO_NICE,
+        "How far the threads that compute steps stand back for other processes: added to their "
+        "niceness, 0 to 19. -1: 0, and for decode workers that `stateferry serve` starts beside "
+        "prefill workers 15.",
+        least=AUTO_NICE,
+        most=19,
+    )
 
 
 @dataclass(frozen=True, slots=True)

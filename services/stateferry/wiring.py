@@ -119,6 +119,7 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             metrics_address=exporter.address,
             routers=routers,
             cluster_key=cluster_key,
+            step_nice=max(0, config.worker.step_nice),
         )
         try:
             if role is Role.PREFILL:

@@ -76,11 +76,20 @@ def test_children_get_settings_key_and_environment(
     assert len(router["STATEFERRY_CLUSTER_KEY"]) >= 32
     assert worker["STATEFERRY_CLUSTER_KEY"] == router["STATEFERRY_CLUSTER_KEY"]
     assert worker["STATEFERRY_WORKER_WORKERS_PER_MACHINE"] == str(len(seen) - 1)
+    assert worker["STATEFERRY_WORKER_STEP_NICE"] == "15"
+    assert seen["prefill-0"]["STATEFERRY_WORKER_STEP_NICE"] == "0"
     assert worker["OMP_NUM_THREADS"] == "1"
     assert worker["MALLOC_ARENA_MAX"] == "2"
     # The user's own choice stays; a setting of ours comes from the configuration alone.
     assert worker["OMP_WAIT_POLICY"] == "active"
     assert "STATEFERRY_WORKER_MAX_REQUESTS" not in worker
+
+
+@pytest.mark.parametrize("nice", [0, 3])
+def test_a_niceness_that_is_given_is_kept(new_cluster: NewCluster, nice: int) -> None:
+    with new_cluster({"settings": {"worker.step_nice": nice}}) as cluster:
+        for name in ("prefill-0", "decode-0"):
+            assert cluster.addresses[name]["STATEFERRY_WORKER_STEP_NICE"] == str(nice)
 
 
 def test_a_key_that_is_given_is_kept(new_cluster: NewCluster) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stateferry.config import Config
+from stateferry.config import AUTO_NICE, Config
 from stateferry.core.errors import Unavailable
 from stateferry.core.ids import Role
 from stateferry.local.child import Child, Death
@@ -38,6 +38,11 @@ START_TIMEOUT_S = 180.0
 # Longer than a worker's own grace for calls in flight.
 STOP_GRACE_S = 10.0
 _POLL_S = 0.05
+# Decode stands back for prefill where both share the processors: while prompts are computed it
+# gets what their threads leave, and a thirtieth besides. With equal shares it would spend its half
+# on small batches, a step of which costs nearly as much as one of a full batch, and all the
+# requests would end later.
+_DECODE_NICE = 15
 
 OnLine = Callable[[str, str], None]
 OnDeath = Callable[[Death], None]
@@ -216,8 +221,20 @@ class LocalCluster:
         routers = replace(self._config.cluster, routers=self.router_address)
         sharing = max(len(self._workers), self._config.worker.workers_per_machine)
         for name, role in self._workers.items():
-            worker = replace(self._config.worker, id=name, workers_per_machine=sharing)
+            worker = replace(
+                self._config.worker,
+                id=name,
+                workers_per_machine=sharing,
+                step_nice=self._step_nice(role),
+            )
             self._spawn(name, role, replace(self._config, cluster=routers, worker=worker))
+
+    def _step_nice(self, role: str) -> int:
+        asked = self._config.worker.step_nice
+        if asked != AUTO_NICE:
+            return asked
+        shares = role == Role.DECODE.value and Role.PREFILL.value in self._workers.values()
+        return _DECODE_NICE if shares else 0
 
     def _spawn(self, name: str, role: str, config: Config) -> None:
         self._on_status(name, "starting")

@@ -13,6 +13,7 @@ from stateferry.core.worker import WorkerDescription, WorkerLoad
 from stateferry.telemetry.metrics import WorkerMetrics
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
+from stateferry.worker.priority import stand_back
 
 
 class Queue(Protocol):
@@ -39,13 +40,19 @@ class WorkerHost:
         metrics_address: str,
         routers: Sequence[str],
         cluster_key: ClusterKey,
+        step_nice: int,
     ) -> None:
         self.key = WorkerKey(worker_id, new_incarnation())
         self.parts = parts
         self.routers = routers
         self.cluster_key = cluster_key
         # One thread, so that at most one forward pass is in flight.
-        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self.executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="engine",
+            initializer=stand_back,
+            initargs=(step_nice,),
+        )
         self._metrics = metrics
         self._metrics_address = metrics_address
         metrics.set_pool_sizes(parts.sizes)
