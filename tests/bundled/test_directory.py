@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import stateferry.bundled
 from stateferry.bundled import bundled_model_dir
 
-MODEL = bundled_model_dir()
+ARCHITECTURES = {"hybrid_english": "NemotronHForCausalLM", "mamba2_english": "Mamba2ForCausalLM"}
 SAMPLE = Path(stateferry.bundled.__file__).parent / "heldout_sample.txt"
 SAMPLE_PART_BYTES = 24_000
 ODD_STRINGS = (
@@ -35,12 +35,21 @@ ODD_STRINGS = (
 )
 
 
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def model_dir(request: pytest.FixtureRequest) -> Path:
+    return bundled_model_dir(request.param)
+
+
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model_dir / "tokenizer.json"))
 
 
-def test_files_are_present_and_small() -> None:
+def test_a_hybrid_is_the_default() -> None:
+    assert bundled_model_dir() == bundled_model_dir("hybrid_english")
+
+
+def test_files_are_present_and_small(model_dir: Path) -> None:
     for name in (
         "config.json",
         "generation_config.json",
@@ -50,13 +59,15 @@ def test_files_are_present_and_small() -> None:
         "README.md",
         "SOURCES.md",
     ):
-        assert (MODEL / name).stat().st_size > 0, name
-    assert (MODEL / "model.safetensors").stat().st_size <= 12_000_000
+        assert (model_dir / name).stat().st_size > 0, name
+    assert (model_dir / "model.safetensors").stat().st_size <= 12_000_000
     assert SAMPLE.stat().st_size <= 64 * 1024
 
 
 def test_unknown_name_lists_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no_such_model.*available: .*mamba2_english"):
+    with pytest.raises(
+        ValueError, match=r"no_such_model.*available: hybrid_english, mamba2_english"
+    ):
         bundled_model_dir("no_such_model")
 
 
@@ -65,15 +76,15 @@ def test_tokenizer_is_lossless(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_tokenizer_agrees_with_the_config(tokenizer: Tokenizer) -> None:
-    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+def test_tokenizer_agrees_with_the_config(model_dir: Path, tokenizer: Tokenizer) -> None:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     assert tokenizer.get_vocab_size() == config["vocab_size"]
     assert tokenizer.token_to_id("<|endoftext|>") == config["eos_token_id"]
     assert config["bos_token_id"] == config["eos_token_id"]
 
 
-def test_weights_are_finite_bfloat16() -> None:
-    weights = load_file(MODEL / "model.safetensors")
+def test_weights_are_finite_bfloat16(model_dir: Path) -> None:
+    weights = load_file(model_dir / "model.safetensors")
     assert "backbone.embeddings.weight" in weights
     for name, tensor in weights.items():
         assert tensor.dtype == torch.bfloat16, name
@@ -92,15 +103,17 @@ def sample_documents() -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_loads_it_and_it_predicts_english(tokenizer: Tokenizer) -> None:
+def test_transformers_loads_it_and_it_predicts_english(
+    model_dir: Path, tokenizer: Tokenizer
+) -> None:
     transformers = pytest.importorskip("transformers")
     model: Any
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.float32, output_loading_info=True
+        model_dir, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert type(model).__name__ == "Mamba2ForCausalLM"
-    theirs = transformers.AutoTokenizer.from_pretrained(MODEL)
+    assert type(model).__name__ == ARCHITECTURES[model_dir.name]
+    theirs = transformers.AutoTokenizer.from_pretrained(model_dir)
     assert theirs("Hello there.")["input_ids"] == tokenizer.encode("Hello there.").ids
 
     documents = sample_documents()
@@ -113,7 +126,7 @@ def test_transformers_loads_it_and_it_predicts_english(tokenizer: Tokenizer) -> 
             loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
             bits += float(loss) / math.log(2)
     packed_bytes = len(lzma.compress("\n\n".join(documents).encode(), preset=9))
-    report = json.loads((MODEL / "evaluation.json").read_text(encoding="utf-8"))
+    report = json.loads((model_dir / "evaluation.json").read_text(encoding="utf-8"))
     assert size_bytes > 15_000
     assert bits < 0.6 * 8 * packed_bytes
     assert bits / size_bytes < report["sample_bits_per_byte"] + 0.1

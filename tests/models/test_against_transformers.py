@@ -148,8 +148,9 @@ def test_bf16_is_as_near_to_fp32_as_theirs(pair: Pair) -> None:
 BUNDLED_PROMPTS = 20
 
 
-def test_bundled_model_20_prompts_of_64_tokens() -> None:
-    model_dir = bundled_model_dir()
+@pytest.mark.parametrize("name", ["hybrid_english", "mamba2_english"])
+def test_bundled_model_20_prompts_of_64_tokens(name: str) -> None:
+    model_dir = bundled_model_dir(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32

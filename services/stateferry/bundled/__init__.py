@@ -6,7 +6,7 @@ import importlib.resources
 from pathlib import Path
 
 
-def bundled_model_dir(name: str = "mamba2_english") -> Path:
+def bundled_model_dir(name: str = "hybrid_english") -> Path:
     """Return the Hugging Face directory of a bundled model."""
     package = importlib.resources.files(__name__)
     root = Path(str(package))
