@@ -23,6 +23,7 @@ from stateferry_kernels.conv1d import torch_ops as conv1d_torch
 from stateferry_kernels.linear import cpu_ops as linear_cpu
 from stateferry_kernels.linear import torch_ops as linear_torch
 from stateferry_kernels.native.library import NativeUnavailable, native
+from stateferry_kernels.native.tape import Recorder
 from stateferry_kernels.norm import cpu_ops as norm_cpu
 from stateferry_kernels.norm import torch_ops as norm_torch
 from stateferry_kernels.operations import Kernels
@@ -115,6 +116,8 @@ def _cpu() -> Kernels:
         rotary=rotary_cpu.rotary,
         silu_mul=activation_cpu.silu_mul,
         relu2=activation_cpu.relu2,
+        cast=activation_cpu.cast,
+        recorder=Recorder,
     )
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+
+from stateferry_kernels.device_tables import device_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +71,12 @@ class KvPlan:
     def positions(self) -> list[int]:
         """(total_tokens,) absolute position of each row."""
         return [p for s in self.sequences for p in range(s.start, s.end)]
+
+
+def row_positions(plan: KvPlan, device: torch.device) -> torch.Tensor:
+    """(total_tokens,) int64, absolute position of each row; built once, kept in ``plan.cache``."""
+    key = f"positions:{device}"
+    if key not in plan.cache:
+        plan.cache[key] = device_array(np.array(plan.positions, dtype=np.int64), device)
+    positions: torch.Tensor = plan.cache[key]
+    return positions

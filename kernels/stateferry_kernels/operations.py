@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
+from stateferry_kernels.activation import torch_ops as activation_torch
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.kv_layer import KvLayer, KvPlan
 from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState, SsmLayerParams
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
+
+Result = TypeVar("Result")
 
 
 class ChunkScan(Protocol):
@@ -210,6 +214,39 @@ class GatedActivation(Protocol):
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor: ...
 
 
+class Cast(Protocol):
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+class Tape(Protocol):
+    """A decode step's operations, to be run again on other plans of as many rows."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def replay(self, plan: DecodePlan, kv_plan: KvPlan) -> None: ...
+
+
+class Recorder(Protocol):
+    """Records one step, which must use the recorder's ``plan`` and ``kv_plan``. No tape comes of a
+    step that computes anything outside of these operations."""
+
+    plan: DecodePlan
+    kv_plan: KvPlan
+
+    def record(self, run: Callable[[], Result]) -> tuple[Result, Tape | None]: ...
+
+
+class MakeRecorder(Protocol):
+    def __call__(
+        self,
+        plan: DecodePlan,
+        kv_plan: KvPlan,
+        states: Sequence[LayerState],
+        kv: Sequence[KvLayer],
+    ) -> Recorder: ...
+
+
 class Activation(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -244,3 +281,5 @@ class Kernels:
     rotary: Rotary
     silu_mul: GatedActivation
     relu2: Activation
+    cast: Cast = activation_torch.cast
+    recorder: MakeRecorder | None = None  # where a step's overhead is worth it

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from stateferry_kernels.activation import torch_ops as activation_torch
-from stateferry_kernels.attention import torch_ops as attention_torch
+from stateferry_kernels.activation import triton_ops as activation_triton
+from stateferry_kernels.attention import triton_ops as attention_triton
 from stateferry_kernels.conv1d import triton_ops as conv1d_triton
 from stateferry_kernels.linear import triton_ops as linear_triton
-from stateferry_kernels.norm import torch_ops as norm_torch
 from stateferry_kernels.norm import triton_ops as norm_triton
 from stateferry_kernels.operations import Kernels
-from stateferry_kernels.rotary import torch_ops as rotary_torch
+from stateferry_kernels.rotary import triton_ops as rotary_triton
 from stateferry_kernels.ssd import triton_ops as ssd_triton
 from stateferry_kernels.state_update import step_triton
 from stateferry_kernels.state_update import triton_ops as update_triton
@@ -36,12 +35,12 @@ def triton_kernels() -> Kernels:
         rms_norm=norm_triton.rms_norm,
         gated_rms_norm=norm_triton.gated_rms_norm,
         norm_then_gate=norm_triton.norm_then_gate,
-        add_rms_norm=norm_torch.add_rms_norm,
+        add_rms_norm=norm_triton.add_rms_norm,
         linear=linear_triton.linear,
-        attention=attention_torch.attention,
-        rotary=rotary_torch.rotary,
-        silu_mul=activation_torch.silu_mul,
-        relu2=activation_torch.relu2,
+        attention=attention_triton.attention,
+        rotary=rotary_triton.rotary,
+        silu_mul=activation_triton.silu_mul,
+        relu2=activation_triton.relu2,
     )
 
 

@@ -27,6 +27,7 @@ _MAX_PORT = 65535
 _MAX_TOKENS = (1 << 31) - 1
 _MAX_THREADS = 4096
 AUTO_NICE = -1
+AUTO_BYTES = -1
 
 
 def _setting(
@@ -156,6 +157,51 @@ class WorkerSection:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSection:
+    """What a worker keeps of prompts and sequences, so that later prompts need not compute it."""
+
+    enabled: bool = _setting(True, "Whether prompts resume from what is cached.")
+    memory_bytes: int = _setting(
+        AUTO_BYTES,
+        "Memory for what is cached, besides what running sequences leave idle; part of "
+        "worker.memory_bytes. -1: what is left of that, on a CPU at most 1 GiB.",
+        least=AUTO_BYTES,
+    )
+    tokens_per_state: int = _setting(
+        512,
+        "Tokens whose keys and values are to fit beside each cached state; models without "
+        "attention do not care.",
+        least=1,
+    )
+    eviction: str = _setting(
+        "value", "What goes first: value (recency and the compute that a byte saves) or lru."
+    )
+    snapshot_interval_tokens: int = _setting(
+        0,
+        "Distance of the states kept inside a prompt, a multiple of the grid. 0: four grid "
+        "intervals; -1: none but the end and where prompts part.",
+        least=-1,
+    )
+    max_snapshots_per_prompt: int = _setting(
+        16, "More of them are spread further apart. 0: none.", least=0
+    )
+    max_states_per_path: int = _setting(
+        0, "Most states from the beginning of a prompt to its end. 0: no limit.", least=0
+    )
+    state_strategy: str = _setting(
+        "extra_buffer",
+        "What a decoding sequence leaves: extra_buffer (tracked states and its end), no_buffer "
+        "(its end) or off.",
+    )
+    track_interval_tokens: int = _setting(
+        0,
+        "Distance of the states kept while decoding, a multiple of the grid. 0: four grid "
+        "intervals.",
+        least=0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class TransferSection:
     """The hand-off between workers."""
 
@@ -192,6 +238,7 @@ class Config:
     model: ModelSection = ModelSection()
     router: RouterSection = RouterSection()
     worker: WorkerSection = WorkerSection()
+    cache: CacheSection = CacheSection()
     transfer: TransferSection = TransferSection()
     log: LogSection = LogSection()
 

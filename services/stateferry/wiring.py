@@ -100,7 +100,12 @@ def _worker(role: Role, config: Config) -> ProcessMain:
 
     async def main(announce: Announce, stop: asyncio.Event) -> None:
         parts = await asyncio.to_thread(
-            build_engine, model_dir, config.model, config.worker, _log_progress(model_dir)
+            build_engine,
+            model_dir,
+            config.model,
+            config.worker,
+            config.cache,
+            _log_progress(model_dir),
         )
         check_handoff_fits(parts.cache.pools, parts.limits, config.transfer)
         registry = new_registry()

@@ -79,7 +79,7 @@ def test_leases_are_never_doubled() -> None:
 
 def test_a_page_without_a_lease_is_named() -> None:
     cache = small_cache(kv=KV)
-    assert cache._kv_pages.allocate(1, "stray") == (0,)
+    assert cache.prefixes.pools.kv_pages.allocate(1, "stray") == (0,)
     with pytest.raises(InvariantViolation, match=r"KV pages without a lease: \{0: 'stray'\}"):
         cache.check_conserved()
 

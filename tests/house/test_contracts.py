@@ -37,7 +37,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "router": ("core config prefix api telemetry v1 guided", "grpc grpc_health google tokenizers"),
     # What prefill and decode share.
     "worker": (
-        f"core config api telemetry v1 models cache engine guided scheduler transfer {KERNELS}",
+        "core config prefix api telemetry v1 models cache engine guided scheduler transfer "
+        f"{KERNELS}",
         "grpc torch",
     ),
     "prefill": (
@@ -81,7 +82,17 @@ SCHEDULER_FORBIDDEN = {"asyncio", "time", "datetime", "socket", "threading", "os
 # which hands its own environment on.
 ENVIRONMENT_READERS = {"config.py", "local/environment.py"}
 
-TORCH_FREE = ("core", "config", "scheduler", "router", "telemetry", "client", "cli", "local")
+TORCH_FREE = (
+    "core",
+    "config",
+    "prefix",
+    "scheduler",
+    "router",
+    "telemetry",
+    "client",
+    "cli",
+    "local",
+)
 
 
 def component_of(path: Path, repository: Path) -> str:
@@ -153,6 +164,8 @@ def test_imports_follow_the_table(repository: Path, sources: list[Path]) -> None
         ("transfer", "transfer/sender.py", "import ucxx"),
         ("scheduler", "scheduler/decode.py", "from time import monotonic"),
         ("scheduler", "scheduler/decode.py", "import torch"),
+        ("prefix", "prefix/radix_tree.py", "import numpy"),
+        ("prefix", "prefix/radix_tree.py", "from stateferry.cache.slots import SlotPool"),
         ("core", "core/ids.py", "from stateferry.config import Config"),
         ("worker", "worker/host.py", "from stateferry.wiring import run_process"),
         ("worker", "worker/host.py", "from . import wiring"),

@@ -130,7 +130,47 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("program", [PROGRAM, GRID_FORM], ids=["rest", "grid form"])
+ATTENTION = """
+import triton.language as tl
+from support.sm90 import compile_for_h100
+from stateferry_kernels.activation.triton_ops import _activate_kernel
+from stateferry_kernels.attention import triton_kernels as attention
+from stateferry_kernels.norm.triton_ops import _add_norm_kernel
+from stateferry_kernels.rotary.triton_ops import _rotary_kernel
+
+pages = dict(
+    keys_ptr="*bf16", values_ptr="*bf16", tokens_ptr="*i64", pages_ptr="*i64",
+    keys_stride="i64", values_stride="i64", KV_HEADS=8, PAGE=64,
+)
+compile_for_h100(
+    attention.write_pages_kernel, k_ptr="*bf16", v_ptr="*bf16", HEAD_DIM=128, BLOCK=1024, **pages
+)
+tiles = ((16, 3, 64, 64), (16, 3, 128, 64), (16, 3, 256, 32), (64, 1, 64, 64), (64, 1, 128, 64))
+for rows, stages, head_dim, keys in tiles:
+    compile_for_h100(
+        attention.attend_kernel, num_stages=stages, q_ptr="*bf16", out_ptr="*bf16",
+        tiles_ptr="*i64", scale="fp32", GROUP=4, HEAD_DIM=head_dim, DOT=tl.bfloat16,
+        BLOCK_R=rows, BLOCK_K=keys, BLOCK_D=head_dim, **pages,
+    )
+for up in ("*bf16", None):
+    compile_for_h100(
+        _activate_kernel, x_ptr="*bf16", up_ptr=up, out_ptr="*bf16", SIZE=14336, BLOCK=1024
+    )
+compile_for_h100(
+    _rotary_kernel, x_ptr="*bf16", cos_ptr="*fp32", sin_ptr="*fp32", positions_ptr="*i64",
+    out_ptr="*bf16", HEADS=40, HEAD_DIM=128, HALF=64, BLOCK=8192,
+)
+compile_for_h100(
+    _add_norm_kernel, num_warps=8, x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32",
+    summed_ptr="*fp32", out_ptr="*fp32", eps="fp32", SIZE=8192, BLOCK=8192,
+)
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [PROGRAM, GRID_FORM, ATTENTION], ids=["rest", "grid form", "attention"]
+)
 def test_compiles_for_an_h100(tmp_path: Path, program: str) -> None:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {

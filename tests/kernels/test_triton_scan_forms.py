@@ -162,3 +162,18 @@ def test_tiles_are_for_shapes_that_were_tried() -> None:
     assert scan_tile(4, 64, 128, 64, per_group=8) is None
     with pytest.raises(ValueError, match="miscompiles"):
         SplitTile(64, 64, 4, 3, 1, 64, 0, 64, 4)
+
+
+@pytest.mark.parametrize("headdim", [16, 64, 81])
+def test_a_rest_is_for_heads_that_leave_one(
+    monkeypatch: pytest.MonkeyPatch, headdim: int
+) -> None:
+    """The first block is read without a mask: 64 rows of a state of 16 were an illegal read."""
+    served = scan_tile(2, 80, 128, 128, per_group=4)
+    assert served is not None and served.rest == 16
+    served.check_covers(80)
+    monkeypatch.setattr(triton_scan, "scan_tile", lambda *shape: served)
+    layer = make_layer(Shape(4, headdim, 32, 2, grid=16), dtype=torch.bfloat16)
+    walker = device_walker(layer, 2)
+    with pytest.raises(ValueError, match=f"not for headdim {headdim}"):
+        extends(walker, layer, False)

@@ -7,8 +7,15 @@ import random
 import pytest
 
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
+from stateferry.core.request import GenerationRequest
+from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.scheduler.prefill import ExtendSlice, PrefillScheduler
 from support.counting_memory import CountingMemory
+
+
+def prompt(name: str, length: int) -> GenerationRequest:
+    sampling = SamplingParams(0.0, 0, 1.0, 0, None)
+    return GenerationRequest(name, (1,) * length, sampling, StopConditions(1, 0, frozenset()))
 
 
 def scheduler(
@@ -24,7 +31,7 @@ def scheduler(
 def test_packs_whole_prompts_in_order_of_arrival() -> None:
     prefill, _ = scheduler()
     for name, length in (("a", 10), ("b", 20), ("c", 99)):
-        prefill.submit(name, length, length)
+        prefill.submit(prompt(name, length), length)
     step = prefill.schedule()
     assert step is not None
     assert step.slices == (
@@ -37,7 +44,7 @@ def test_packs_whole_prompts_in_order_of_arrival() -> None:
 
 def test_cuts_lie_on_the_grid() -> None:
     prefill, _ = scheduler(budget=150)
-    prefill.submit("a", 1000, 1000)
+    prefill.submit(prompt("a", 1000), 1000)
     starts = []
     while (step := prefill.schedule()) is not None:
         (part,) = step.slices
@@ -50,16 +57,16 @@ def test_cuts_lie_on_the_grid() -> None:
 
 def test_a_prompt_that_cannot_reach_a_grid_point_waits_for_the_next_step() -> None:
     prefill, _ = scheduler(budget=128)
-    prefill.submit("a", 100, 100)
-    prefill.submit("b", 100, 100)
+    prefill.submit(prompt("a", 100), 100)
+    prefill.submit(prompt("b", 100), 100)
     step = prefill.schedule()
     assert step is not None and [s.request_id for s in step.slices] == ["a"]
 
 
 def test_waits_for_memory_and_goes_on_when_it_returns() -> None:
     prefill, memory = scheduler(capacity=1)
-    prefill.submit("a", 5, 5)
-    prefill.submit("b", 5, 5)
+    prefill.submit(prompt("a", 5), 5)
+    prefill.submit(prompt("b", 5), 5)
     step = prefill.schedule()
     assert step is not None
     prefill.complete(step)
@@ -72,10 +79,10 @@ def test_waits_for_memory_and_goes_on_when_it_returns() -> None:
 
 def test_the_queue_is_bounded() -> None:
     prefill, _ = scheduler(max_waiting=2)
-    prefill.submit("a", 5, 5)
-    prefill.submit("b", 5, 5)
+    prefill.submit(prompt("a", 5), 5)
+    prefill.submit(prompt("b", 5), 5)
     with pytest.raises(Overloaded):
-        prefill.submit("c", 5, 5)
+        prefill.submit(prompt("c", 5), 5)
 
 
 def test_a_budget_below_the_grid_is_a_config_error() -> None:
@@ -85,8 +92,8 @@ def test_a_budget_below_the_grid_is_a_config_error() -> None:
 
 def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
     prefill, memory = scheduler()
-    prefill.submit("a", 5, 5)
-    prefill.submit("b", 5, 5)
+    prefill.submit(prompt("a", 5), 5)
+    prefill.submit(prompt("b", 5), 5)
     step = prefill.schedule()
     assert step is not None
     prefill.abort("a")
@@ -97,8 +104,8 @@ def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
 
 def test_a_failed_step_returns_all_it_touched() -> None:
     prefill, memory = scheduler()
-    prefill.submit("a", 5, 5)
-    prefill.submit("b", 500, 500)
+    prefill.submit(prompt("a", 5), 5)
+    prefill.submit(prompt("b", 500), 500)
     step = prefill.schedule()
     assert step is not None
     prefill.abort("a")
@@ -108,7 +115,7 @@ def test_a_failed_step_returns_all_it_touched() -> None:
 
 def test_one_step_at_a_time() -> None:
     prefill, _ = scheduler()
-    prefill.submit("a", 5, 5)
+    prefill.submit(prompt("a", 5), 5)
     assert prefill.schedule() is not None
     with pytest.raises(InvariantViolation):
         prefill.schedule()
@@ -126,7 +133,7 @@ def test_random_walk_computes_every_token_once_and_leaks_nothing(seed: int) -> N
         if rng.random() < 0.4:
             name = f"r{number}"
             lengths[name] = rng.choice([1, 63, 64, 65, 200, 1000])
-            prefill.submit(name, lengths[name], lengths[name])
+            prefill.submit(prompt(name, lengths[name]), lengths[name])
         step = prefill.schedule()
         if rng.random() < 0.2 and lengths:
             victim = rng.choice(sorted(lengths))
@@ -156,9 +163,9 @@ def test_random_walk_computes_every_token_once_and_leaks_nothing(seed: int) -> N
 def test_asks_for_the_memory_of_all_that_will_be_held() -> None:
     memory = CountingMemory(capacity=4, capacity_tokens=100)
     prefill = PrefillScheduler(memory, grid=64, budget_tokens=128, max_waiting=9)
-    prefill.submit("a", prompt_len=10, held_tokens=60)
-    prefill.submit("b", prompt_len=10, held_tokens=50)
-    prefill.submit("c", prompt_len=10, held_tokens=10)
+    prefill.submit(prompt("a", 10), 60)
+    prefill.submit(prompt("b", 10), 50)
+    prefill.submit(prompt("c", 10), 10)
     step = prefill.schedule()
     assert step is not None and [part.request_id for part in step.slices] == ["a"]
     # First come, first served: c would fit, but b must not starve.
@@ -168,3 +175,32 @@ def test_asks_for_the_memory_of_all_that_will_be_held() -> None:
     step = prefill.schedule()
     assert step is not None and [part.request_id for part in step.slices] == ["b", "c"]
     assert memory.held == {"b": 50, "c": 10}
+
+
+def test_what_is_known_is_not_computed() -> None:
+    """All of b is known, and 40 tokens of c: b costs nothing, and its slice comes last."""
+    prefill, memory = scheduler(budget=128)
+    memory.known |= {"b": 100, "c": 40}
+    for name in ("a", "b", "c"):
+        prefill.submit(prompt(name, 100), 100)
+    assert prefill.queued_tokens == 300
+    step = prefill.schedule()
+    assert step is not None
+    assert step.slices == (
+        ExtendSlice("a", 0, 100, True),
+        ExtendSlice("c", 40, 24, False),
+        ExtendSlice("b", 100, 0, True),
+    )
+    assert prefill.complete(step) == ("a", "b")
+    step = prefill.schedule()
+    assert step is not None and step.slices == (ExtendSlice("c", 64, 36, True),)
+    prefill.complete(step)
+
+
+def test_what_failed_is_spoilt() -> None:
+    prefill, memory = scheduler()
+    prefill.submit(prompt("a", 5), 5)
+    step = prefill.schedule()
+    assert step is not None
+    prefill.fail(step)
+    assert memory.spoilt == {"a"} and not memory.held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stateferry.core.request import GenerationRequest
+
 
 class CountingMemory:
     """Room for ``capacity`` requests and ``capacity_tokens`` tokens. Fails the test when a request
@@ -11,6 +13,18 @@ class CountingMemory:
         self.capacity = capacity
         self.capacity_tokens = capacity_tokens
         self.held: dict[str, int] = {}
+        self.spoilt: set[str] = set()
+        # By request: how much of its prompt is known beforehand.
+        self.known: dict[str, int] = {}
+
+    def resume(self, request: GenerationRequest, num_tokens: int) -> int | None:
+        if not self.reserve(request.request_id, num_tokens):
+            return None
+        return self.known.get(request.request_id, 0)
+
+    def spoil(self, request_id: str) -> None:
+        assert request_id in self.held
+        self.spoilt.add(request_id)
 
     def reserve(self, request_id: str, num_tokens: int) -> bool:
         assert request_id not in self.held

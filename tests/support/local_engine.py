@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from stateferry.colocated.engine import ColocatedEngine
-from stateferry.config import ModelSection, WorkerSection
+from stateferry.config import CacheSection, ModelSection, WorkerSection
 from stateferry.worker.parts import EngineParts, build_engine
+
+# Every prompt is computed.
+NO_CACHE = CacheSection(enabled=False)
 
 
 def local_engine(
@@ -17,12 +20,14 @@ def local_engine(
     grid: int = 0,
     max_context_tokens: int = 2048,
     memory_bytes: int = 0,
+    cache: CacheSection = NO_CACHE,
 ) -> tuple[ColocatedEngine, EngineParts]:
     """An engine whose pools are full of NaN, so that a read of unwritten memory shows."""
     parts = build_engine(
         model_dir,
         ModelSection(grid_tokens=grid, max_context_tokens=max_context_tokens),
         WorkerSection(max_requests=max_requests, memory_bytes=memory_bytes),
+        cache,
     )
     parts.cache.pools.poison()
     engine = ColocatedEngine(

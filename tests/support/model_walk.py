@@ -95,7 +95,8 @@ class ModelWalk:
         if rows is None:
             rows = [end - 1 for end in plan.cu_seqlens[1:]]
         ids = torch.tensor([t for each in token_ids.values() for t in each])
-        logits = self.model.extend(ids, plan, kv_plan, self._caches, list(rows))
+        hidden = self.model.extend(ids, plan, kv_plan, self._caches, list(rows))
+        logits = self.model.logits(hidden)
         for (n, _), sequence in zip(token_ids.items(), sequences, strict=True):
             self._places[n].position = sequence.end
             if sequence.boundaries:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
+from support.small_cache import GRID
 
 
 class ScriptedRunner:
@@ -21,13 +22,13 @@ class ScriptedRunner:
     def extend(self, batch: ExtendBatch) -> list[SampledToken | None]:
         self._step()
         for row in batch.rows:
-            row.lease.advance(len(row.token_ids))
+            row.lease.advance(len(row.token_ids), GRID)
         return [self._token(row.sample.index) for row in batch.rows if row.sample is not None]
 
     def decode(self, batch: DecodeBatch) -> list[SampledToken | None]:
         self._step()
         for row in batch.rows:
-            row.lease.advance(1)
+            row.lease.advance(1, GRID)
         return [self._token(row.sample.index) for row in batch.rows]
 
     def _step(self) -> None:

@@ -37,4 +37,4 @@ def small_cache(
     )
     pools = build_pools(GEOMETRY, kv, sizes, grid=GRID, dtype=dtype)
     pools.poison()
-    return StateCache(pools, sizes.sequences)
+    return StateCache(pools, sizes)

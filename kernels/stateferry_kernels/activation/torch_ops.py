@@ -16,6 +16,11 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (silu(gate.float()) * up.float()).to(gate.dtype)
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x (rows, n) fp32 or bf16, rounded to ``dtype``; x itself where it has that already."""
+    return x.to(dtype)
+
+
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """relu(x) ** 2, x (rows, n) fp32 or bf16, in its dtype. Raises as check_rows does."""
     check_rows("x", x)

@@ -6,6 +6,7 @@ that a row's bits depend on its sequence alone.
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from itertools import accumulate
 
@@ -101,6 +102,18 @@ class _Plan:
         self.num_rows = offsets[-1]
         starts = [column.buffer_info()[0] for column in self._columns]
         self.struct = KvPlanStruct(len(sequences), *starts)
+
+    def refill(self, other: _Plan) -> None:
+        """Say what ``other`` says, at the same address."""
+        if other.num_rows != self.num_rows:
+            raise ValueError(f"{other.num_rows} rows, {self.num_rows} were recorded")
+        self._columns = other._columns
+        ctypes.pointer(self.struct)[0] = other.struct
+
+
+def refill_kv_plan(recorded: KvPlan, plan: KvPlan) -> None:
+    """Let the struct that ``recorded`` was handed over as say what ``plan`` says."""
+    _plan_struct(recorded).refill(_plan_struct(plan))
 
 
 def _plan_struct(plan: KvPlan) -> _Plan:

@@ -116,14 +116,15 @@ def causal_conv1d_row(
         return
     xBC = _packed(xBC)
     conv_dim, window = state.conv_state.shape[1:]
-    row_kernel[(len(xBC) * math.ceil(conv_dim / _ROW_CHANNELS),)](
+    table = decode_table(plan, xBC.device)
+    row_kernel[(len(table) * math.ceil(conv_dim / _ROW_CHANNELS),)](
         xBC,
         out,
         conv.weight,
         conv.bias,
         state.conv_state,
         state.tail_xBC,
-        decode_table(plan, xBC.device),
+        table,
         *_strides(xBC, out, conv, state),
         CONV_DIM=conv_dim,
         WINDOW=window,

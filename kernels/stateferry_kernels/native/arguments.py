@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from stateferry_kernels.native.structs import (
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 _KEY = "native"
+_KIND = attrgetter("dtype", "shape")
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
 
@@ -87,7 +89,7 @@ def conv_struct(conv: ConvParams) -> ConvStruct:
 def look_of(*tensors: torch.Tensor) -> list[object]:
     """All that the checks of host entries, and the strides they hand over, depend on: a call that
     looks like the last one needs no check."""
-    return [what for t in tensors for what in (t.dtype, t.shape, t.stride())]
+    return [*map(_KIND, tensors), *map(torch.Tensor.stride, tensors)]
 
 
 class Rows:
@@ -216,6 +218,18 @@ def decode_struct(plan: DecodePlan) -> DecodePlanStruct:
         return DecodePlanStruct(len(plan.state_slots), *_starts(columns)), columns
 
     return _cached(plan.cache, build)
+
+
+def refill_decode(recorded: DecodePlan, plan: DecodePlan) -> None:
+    """Let the struct that ``recorded`` was handed over as say what ``plan`` says."""
+    decode_struct(recorded)
+    columns = recorded.cache[_KEY][1]
+    for column, numbers in zip(
+        columns, (plan.state_slots, plan.tail_pages, plan.tail_rows), strict=True
+    ):
+        if len(numbers) != len(column):
+            raise ValueError(f"{len(numbers)} rows, {len(column)} were recorded")
+        column[:] = array("q", numbers)
 
 
 def commit_struct(plan: CommitPlan) -> CommitPlanStruct:

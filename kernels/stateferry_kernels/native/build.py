@@ -19,7 +19,7 @@ _SOURCE = Path(__file__).parent / "src"
 
 # One rounding per written operation: where a product is fused into a sum, the source says so.
 _COMMON = (
-    "-std=c++20 -fPIC -shared -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno "
+    "-std=c++20 -fPIC -shared -pthread -fvisibility=hidden -ffp-contract=off -fno-math-errno "
     "-Wall -Wextra -Wno-maybe-uninitialized"
 ).split()
 _OPTIMISE = ["-O3"]

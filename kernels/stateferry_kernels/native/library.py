@@ -68,12 +68,14 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sf_linear": [_PACKED, c_int64],
     "sf_activation": [_PACKED, c_int64],
     "sf_rotary": [_PACKED, c_int64],
+    "sf_cast": [_PACKED, c_int64],
     "sf_attention": [_KV_LAYER, _KV_PLAN, _ROWS, c_int64],
+    "sf_replay": [_PACKED, c_int64, c_int64],
     "sf_elementwise": [c_void_p, c_int64, c_int64, c_void_p],
 }
 
 
-_RESULTS = {name: c_int64 for name in ("sf_abi", "sf_state_steps", "sf_rotary")}
+_RESULTS = {name: c_int64 for name in ("sf_abi", "sf_state_steps", "sf_rotary", "sf_replay")}
 
 
 class NativeUnavailable(RuntimeError):
@@ -90,11 +92,13 @@ class Native:
 
     def __init__(self, variant: Variant, path: Path) -> None:
         self.variant = variant
+        self.functions: dict[str, Any] = {}
         library = ctypes.CDLL(str(path))
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = arguments
             function.restype = _RESULTS.get(name)
+            self.functions[name.removeprefix("sf_")] = function
             setattr(self, name.removeprefix("sf_"), function)
         if self.abi() != ABI:
             raise OSError(f"it was built from older source (ABI {self.abi()}, expected {ABI})")

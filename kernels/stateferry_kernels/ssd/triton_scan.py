@@ -18,11 +18,11 @@ from stateferry_kernels.ssd.triton_tiles import grid_form_tile
 from stateferry_kernels.ssd.triton_walk import (
     Batch,
     Walks,
-    dot_dtype,
     launch_decays,
     launch_walks,
     state_block,
 )
+from stateferry_kernels.triton_inputs import dot_dtype
 
 
 def launch_scan(
@@ -43,6 +43,7 @@ def launch_scan(
     tile = tile or scan_tile(size, headdim, dstate, state.grid, nheads // _ngroups(state))
     if tile is None:
         return launch_walks(walks, batch, params, state)
+    tile.check_covers(headdim)
     block_tokens = grid_form_tile(size, headdim, dstate, state.grid, walks.rows, work).block_tokens
     if block_tokens < state.grid:
         raise ValueError(f"a grid of {state.grid} does not fit in blocks of {block_tokens} tokens")

@@ -38,6 +38,18 @@ class SplitTile:
         if by_warp_groups and self.starts_headdim % 64 == 0:
             raise ValueError(f"{self}: Triton miscompiles these on sm90")
 
+    def check_covers(self, headdim: int) -> None:
+        """Raises ValueError unless the second kernel's blocks are those of this headdim.
+
+        With a rest the first block is read without a mask: past the end of a state that is smaller.
+        (Once, with a headdim of 16 under a rest made for 80, that was an illegal access.)
+        """
+        if self.rest and not 0 < headdim - self.block_headdim <= self.rest:
+            raise ValueError(
+                f"{self}: blocks of {self.block_headdim} and {self.rest} are not for headdim "
+                f"{headdim}"
+            )
+
 
 @lru_cache(maxsize=4096)
 def scan_tile(

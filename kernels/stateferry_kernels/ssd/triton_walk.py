@@ -9,18 +9,15 @@ from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from stateferry_kernels.device_tables import device_table
 from stateferry_kernels.layer_state import PAD_SLOT, LayerState, SsmLayerParams
 from stateferry_kernels.ssd.triton_kernels import decay_kernel, walk_kernel
 from stateferry_kernels.ssd.triton_tiles import grid_form_tile
+from stateferry_kernels.triton_inputs import dot_dtype, is_packed, packed
 
 CARRY_ON = -1
 _DECAY_HEADS = 16
-# Elements from row to row of a batch: an interval's rows then span less than 2**31.
-_LARGEST_STRIDE = 2**23
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +88,9 @@ class Batch:
         out: torch.Tensor,
     ) -> Batch:
         """Rows that are not contiguous are copied first; ``out`` has to be (ValueError)."""
-        if not _is_packed(out):
+        if not is_packed(out):
             raise ValueError("out: a row of heads must be contiguous")
-        return cls(_packed(x), dt, _packed(B), _packed(C), None if z is None else _packed(z), out)
+        return cls(packed(x), dt, packed(B), packed(C), None if z is None else packed(z), out)
 
 
 def launch_decays(
@@ -180,26 +177,3 @@ def launch_walks(
 def state_block(dstate: int) -> int:
     """The block that covers a row of the state: what products take, at least."""
     return max(16, 1 << (dstate - 1).bit_length())
-
-
-def dot_dtype(activation: torch.dtype) -> tl.dtype:
-    """What products take: the activations' own dtype, but Triton's interpreter takes bf16 for
-    integers."""
-    if activation == torch.float32 or triton.knobs.runtime.interpret:
-        return tl.float32
-    return tl.bfloat16
-
-
-def _is_packed(tensor: torch.Tensor) -> bool:
-    if tensor.stride(0) > _LARGEST_STRIDE:
-        return False
-    expected = 1
-    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if _is_packed(tensor) else tensor.contiguous()

@@ -9,11 +9,12 @@ import torch
 
 from stateferry_kernels.layer_state import LayerState, SsmLayerParams
 from stateferry_kernels.ssd.triton_tiles import GridFormTile, grid_form_tile
-from stateferry_kernels.ssd.triton_walk import Batch, dot_dtype, state_block
+from stateferry_kernels.ssd.triton_walk import Batch, state_block
 from stateferry_kernels.state_update.triton_decode_kernels import (
     decode_rows_kernel,
     decode_weights_kernel,
 )
+from stateferry_kernels.triton_inputs import dot_dtype
 
 # As many as a program of decay_kernel takes: one shape of product, one order of its sums.
 _HEADS = 16

@@ -12,12 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stateferry_kernels.layer_state import PAD_SLOT
 from stateferry_kernels.ssd.triton_kernels import _entries, _processed, _running_sum
 from stateferry_kernels.triton_math import exp2, round_to, silu
 
 # The fewest rows that a product takes. One is the token, in the place that it has in a block of the
 # interval's rows; the others are zeros.
 _ROWS = tl.constexpr(16)
+_PAD = tl.constexpr(PAD_SLOT)
 
 
 @triton.jit
@@ -61,6 +63,8 @@ def decode_weights_kernel(
     head = of_group * PER_GROUP + in_group
     in_heads = in_group < PER_GROUP
     token = tl.load(rows_ptr + number * 4)
+    if tl.load(rows_ptr + number * 4 + 1) == _PAD:
+        return
     page, newest = tl.load(rows_ptr + number * 4 + 2), tl.load(rows_ptr + number * 4 + 3)
     k = tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
@@ -142,6 +146,8 @@ def decode_rows_kernel(
     channel = head * HEADDIM + p
     group = head // PER_GROUP * DSTATE + n
     token, slot = tl.load(rows_ptr + number * 4), tl.load(rows_ptr + number * 4 + 1)
+    if slot == _PAD:
+        return
     page, newest = tl.load(rows_ptr + number * 4 + 2), tl.load(rows_ptr + number * 4 + 3)
     states = state_ptr + slot * state_stride + channel[:, None] * DSTATE + n[None, :]
     S = tl.load(states, mask=in_p[:, None] & in_n[None, :], other=0.0).to(tl.float32)

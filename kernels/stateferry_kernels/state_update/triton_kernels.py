@@ -7,6 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stateferry_kernels.layer_state import PAD_SLOT
+
+_PAD = tl.constexpr(PAD_SLOT)
+
 
 @triton.jit
 def leave_rows_kernel(
@@ -29,13 +33,16 @@ def leave_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """Rows of a batch to rows of pages. Rows of the table: row of x and B, interval * GRID + row of
-    dt (num_intervals, NHEADS, GRID), page, row. X and B: elements of a row."""
+    dt (num_intervals, NHEADS, GRID), page, row; a row of -1 is padding. X and B: elements of a
+    row."""
     NUM_BLOCKS: tl.constexpr = (max(X, max(B, NHEADS)) + BLOCK - 1) // BLOCK
     entry = table_ptr + (tl.program_id(0) // NUM_BLOCKS).to(tl.int64) * 4
     token = tl.load(entry)
     place = tl.load(entry + 1)
     page = tl.load(entry + 2)
     row = tl.load(entry + 3)
+    if token < 0:
+        return
     i = tl.program_id(0) % NUM_BLOCKS * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + token * x_stride + i, mask=i < X)
     tl.store(to_x_ptr + page * to_x_stride + row * X + i, x, mask=i < X)
@@ -76,11 +83,14 @@ def conv_window_kernel(
     BLOCK: tl.constexpr,
 ):
     """The raw columns before a tail's row, from the tail or, where it is shorter than the window,
-    from the conv_state it began with. Rows of the table: source slot, target slot, page, row."""
+    from the conv_state it began with. Rows of the table: source slot, target slot (PAD_SLOT: none),
+    page, row."""
     NUM_BLOCKS: tl.constexpr = (CONV_DIM + BLOCK - 1) // BLOCK
     entry = table_ptr + (tl.program_id(0) // NUM_BLOCKS).to(tl.int64) * 4
     c = tl.program_id(0) % NUM_BLOCKS * BLOCK + tl.arange(0, BLOCK)
     mask = c < CONV_DIM
+    if tl.load(entry + 1) == _PAD:
+        return
     source = conv_ptr + tl.load(entry) * conv_stride + c * WINDOW
     target = conv_ptr + tl.load(entry + 1) * conv_stride + c * WINDOW
     page = tail_ptr + tl.load(entry + 2) * tail_stride + c

@@ -59,6 +59,14 @@ class KvPool:
                 views.append(StateView("kv_rows", layer, tuple(written.shape), pieces))
         return views
 
+    def copy_page(self, source: int, target: int, rows: int) -> None:
+        """Copy the first ``rows`` places of a page, all layers, to another. Mutates the target."""
+        self._tensor[target, :, :, :, :rows] = self._tensor[source, :, :, :, :rows]
+
+    def page_tensor(self, page: int, rows: int) -> torch.Tensor:
+        """The first ``rows`` places of a page, all layers, in place."""
+        return self._tensor[page, :, :, :, :rows]
+
     def sequence_bytes(self, num_tokens: int) -> int:
         """Bytes that ``sequence_views`` has at position ``num_tokens``."""
         g = self.geometry

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from stateferry_kernels.layer_state import ZERO_SLOT
 
@@ -18,8 +20,14 @@ class SequenceLease:
         [0, grid_point)          folded into state_slot
         [grid_point, position)   rows of tail_page
 
-    ``kv_pages`` has places for every token that the sequence may ever hold here, in order; empty
-    for a model without attention.
+    ``state_slot`` and the first of ``kv_pages`` may be the cache's, shared with others and read in
+    place; ``kv_pages`` has places for every token that the sequence may ever hold here, in order;
+    empty for a model without attention.
+
+    ``snapshot_slots`` are for grid points on the way whose states are to be kept, besides the last
+    one; ``snapshots`` those of them that have been written. ``tokens`` are those consumed or about
+    to be, None where nobody keeps them. ``final`` is what the token after a whole prompt follows
+    from, once it is known.
     """
 
     tail_page: int
@@ -27,19 +35,38 @@ class SequenceLease:
     kv_pages: tuple[int, ...] = ()
     position: int = 0
     state_slot: int = ZERO_SLOT
+    snapshot_slots: Mapping[int, int] = field(default_factory=dict)
+    snapshots: dict[int, int] = field(default_factory=dict)
+    tokens: array[int] | None = None
+    final: object | None = None
 
     @property
     def next_slot(self) -> int:
         return self.slots[1] if self.state_slot == self.slots[0] else self.slots[0]
 
-    def advance(self, num_tokens: int) -> None:
-        """Consume tokens without passing a grid point."""
-        self.position += num_tokens
+    def writes(self, num_tokens: int, grid: int) -> tuple[tuple[int, int], ...]:
+        """(grid point, slot) of the states that consuming ``num_tokens`` writes, ascending; the
+        sequence goes on from the last."""
+        last = (self.position + num_tokens) // grid * grid
+        if last <= self.position:
+            return ()
+        kept = [(p, slot) for p, slot in self.snapshot_slots.items() if self.position < p < last]
+        return (*kept, (last, self.snapshot_slots.get(last, self.next_slot)))
 
-    def advance_past_boundary(self, num_tokens: int) -> None:
-        """Consume tokens; the last grid point passed was written to ``next_slot``."""
+    def advance(self, num_tokens: int, grid: int) -> None:
+        """Consume tokens, once a launch has written what ``writes`` says."""
+        writes = self.writes(num_tokens, grid)
         self.position += num_tokens
-        self.state_slot = self.next_slot
+        for position, slot in writes:
+            if position in self.snapshot_slots:
+                self.snapshots[position] = slot
+        if writes:
+            self.state_slot = writes[-1][1]
+
+    def note_token(self, token_id: int) -> None:
+        """``token_id`` is what the sequence consumes next."""
+        if self.tokens is not None and len(self.tokens) == self.position:
+            self.tokens.append(token_id)
 
     def adopt(self, position: int, grid: int) -> None:
         """Take over a sequence whose state is about to be copied in from another worker."""

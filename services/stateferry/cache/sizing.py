@@ -27,9 +27,13 @@ def size_pools(
     max_sequences: int,
     max_context_tokens: int,
     budget_bytes: int,
+    cache_bytes: int = 0,
+    tokens_per_state: int = 512,
 ) -> PoolSizes:
-    """Pools of at most ``budget_bytes``: recurrent state for as many sequences as wanted, and KV
-    pages for all of them at full length, or for as many tokens as the rest of the budget holds.
+    """Pools of at most ``budget_bytes``: recurrent state for as many sequences as wanted, KV pages
+    for all of them at full length, or for as many tokens as the rest of the budget holds, and of
+    what is left then ``cache_bytes`` for what is cached: two states and a tail for every
+    2 * ``tokens_per_state`` tokens of keys and values.
 
     One sequence of ``max_context_tokens`` always fits, so that an empty worker can take any request
     that is within the limits. Raises ConfigError naming what it would take.
@@ -55,11 +59,15 @@ def size_pools(
     if page_bytes:
         left = budget_bytes - slot_bytes - sequences * sequence_bytes
         kv_pages = min(kv_pages, left // page_bytes)
+    left = budget_bytes - slot_bytes - sequences * sequence_bytes - kv_pages * page_bytes
+    cached_pages = pages_for(kv_geometry, page_tokens, 2 * tokens_per_state)
+    share_bytes = 2 * slot_bytes + tail_bytes + cached_pages * page_bytes
+    shares = max(min(left, cache_bytes), 0) // share_bytes
     return PoolSizes(
         sequences=sequences,
-        state_slots=1 + sequences * SLOTS_PER_SEQUENCE,
-        tail_pages=sequences * TAIL_PAGES_PER_SEQUENCE,
-        kv_pages=kv_pages,
+        state_slots=1 + sequences * SLOTS_PER_SEQUENCE + 2 * shares,
+        tail_pages=sequences * TAIL_PAGES_PER_SEQUENCE + shares,
+        kv_pages=kv_pages + shares * cached_pages,
         kv_page_tokens=page_tokens,
         state_slot_bytes=slot_bytes,
         tail_page_bytes=tail_bytes,

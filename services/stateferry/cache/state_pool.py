@@ -72,6 +72,19 @@ class StatePool:
                 ]
         return views
 
+    def copy_tail(self, source: int, target: int, rows: int) -> None:
+        """Copy rows [0, rows) of a tail page, all layers, to another. Mutates the target."""
+        for kind in _TAIL_KINDS:
+            self._tensors[kind][target, :, :rows] = self._tensors[kind][source, :, :rows]
+
+    def slot_tensors(self, slot: int) -> list[torch.Tensor]:
+        """All layers of one state, in place: what to copy to keep it elsewhere."""
+        return [self._tensors[kind][slot] for kind in _STATE_KINDS]
+
+    def tail_tensors(self, page: int, rows: int) -> list[torch.Tensor]:
+        """Rows [0, rows) of a tail page, all layers, in place."""
+        return [self._tensors[kind][page, :, :rows] for kind in _TAIL_KINDS]
+
     @property
     def size_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())

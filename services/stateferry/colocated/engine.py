@@ -66,7 +66,7 @@ class ColocatedEngine:
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; its output grows in ``outputs``. Blocks while a guide is compiled."""
         request = steered(request, self._rules)
-        self._prefill.submit(request.request_id, request.prompt_len, request.total_tokens)
+        self._prefill.submit(request, request.total_tokens)
         self._requests[request.request_id] = request
         self.outputs[request.request_id] = Output()
 
@@ -101,6 +101,7 @@ class ColocatedEngine:
         failures = []
         for request_id, token in zip(self._prefill.complete(step), tokens, strict=True):
             if token is None:
+                self._prefill.spoil(request_id)
                 failures.append(self._drop(request_id))
             else:
                 self._begin(request_id, token)
@@ -114,6 +115,7 @@ class ColocatedEngine:
             self.outputs[request_id].prompt = scores.result()
         self._emit(request_id, token, request.stop.check(token.token_id, 1))
         if request_id in self._requests:
+            self._cache.publish(request_id)
             self._running[request_id] = request.continuation
             self._prefill.hand_over(request_id)
             self._decode.take_over(request_id, token.token_id, request.stop)
@@ -127,6 +129,9 @@ class ColocatedEngine:
         sampled = self._runner.decode(decode_batch(step, self._running, self._cache))
         tokens = {row.request_id: t for row, t in zip(step.rows, sampled, strict=True)}
         ids = [None if token is None else token.token_id for token in sampled]
+        for request_id, token in tokens.items():
+            if token is not None:
+                self._cache.track(request_id)
         for advance in self._decode.complete(step, ids):
             token = tokens[advance.request_id]
             assert token is not None

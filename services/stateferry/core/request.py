@@ -31,6 +31,9 @@ class GenerationRequest:
 
     ``prompt_logprobs`` None returns none; n those of each prompt token but the first, and of the n
     likeliest in its place. ``rules`` and ``scores`` belong to the worker's engine, which made them.
+
+    Nothing cached is shared between requests of different ``cache_salt``. ``snapshot_hints`` are
+    positions in the prompt that later ones are expected to have in common with it.
     """
 
     request_id: str
@@ -40,6 +43,8 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     rules: object = field(default=None, compare=False)
     scores: object = field(default=None, compare=False)
+    cache_salt: str = ""
+    snapshot_hints: tuple[int, ...] = ()
 
     @property
     def continuation(self) -> Continuation:

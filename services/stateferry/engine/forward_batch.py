@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.cache.lease import SequenceLease
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.sampling import SamplingParams
@@ -35,7 +36,8 @@ class SampleSpec:
 @dataclass(frozen=True, slots=True)
 class ExtendRow:
     """A run of prompt tokens of one sequence. ``sample`` is set when token 0 follows from it,
-    ``scores`` when the client wants log-probabilities of the prompt."""
+    ``scores`` when the client wants log-probabilities of the prompt. Without tokens token 0 follows
+    from what the lease has as ``final``."""
 
     lease: SequenceLease
     token_ids: tuple[int, ...]
@@ -45,18 +47,22 @@ class ExtendRow:
 
 @dataclass(frozen=True, slots=True)
 class ExtendBatch:
+    """``copies`` come before anything else."""
+
     rows: tuple[ExtendRow, ...]
+    copies: tuple[PageCopy, ...] = ()
+
+    @property
+    def computed(self) -> tuple[ExtendRow, ...]:
+        """The rows that need a forward."""
+        return tuple(row for row in self.rows if row.token_ids)
 
     def plan(self, grid: int) -> ExtendPlan:
-        """Where each sequence reads and writes; the last grid point passed goes to
-        ``next_slot``."""
+        """Where each computed sequence reads and writes."""
         sequences = []
-        for row in self.rows:
+        for row in self.computed:
             lease, length = row.lease, len(row.token_ids)
-            last_passed = (lease.position + length) // grid * grid
-            boundaries: tuple[BoundaryWrite, ...] = ()
-            if last_passed > lease.position:
-                boundaries = (BoundaryWrite(last_passed, lease.next_slot),)
+            boundaries = tuple(BoundaryWrite(*write) for write in lease.writes(length, grid))
             sequences.append(
                 ExtendSequence(
                     start=lease.position,
@@ -74,18 +80,14 @@ class ExtendBatch:
             page_tokens,
             tuple(
                 KvSequence(row.lease.position, len(row.token_ids), row.lease.kv_pages)
-                for row in self.rows
+                for row in self.computed
             ),
         )
 
     def advance(self, grid: int) -> None:
         """Move the leases past what was computed."""
-        for row in self.rows:
-            lease, length = row.lease, len(row.token_ids)
-            if (lease.position + length) // grid > lease.position // grid:
-                lease.advance_past_boundary(length)
-            else:
-                lease.advance(length)
+        for row in self.computed:
+            row.lease.advance(len(row.token_ids), grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,10 @@ class DecodeInput:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
+    """``copies`` come before anything else."""
+
     rows: tuple[DecodeInput, ...]
+    copies: tuple[PageCopy, ...] = ()
 
     def plan(self, grid: int) -> DecodePlan:
         leases = [row.lease for row in self.rows]
@@ -135,7 +140,5 @@ class DecodeBatch:
     def advance(self, grid: int) -> None:
         """Move the leases past the consumed token."""
         for row in self.rows:
-            if (row.lease.position + 1) % grid == 0:
-                row.lease.advance_past_boundary(1)
-            else:
-                row.lease.advance(1)
+            row.lease.note_token(row.token_id)
+            row.lease.advance(1, grid)

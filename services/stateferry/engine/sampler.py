@@ -25,14 +25,16 @@ from stateferry.engine.rules import needs_rules
 log = logging.getLogger(__name__)
 
 
-def sample(logits: torch.Tensor, specs: list[SampleSpec]) -> list[SampledToken | None]:
+def sample(
+    logits: torch.Tensor, specs: list[SampleSpec], likeliest: torch.Tensor | None = None
+) -> list[SampledToken | None]:
     """Choose one token per row. logits (num_rows, vocab_size) fp32, not changed; the rules of specs
-    are told of their choice.
+    are told of their choice. ``likeliest``: ``likeliest_rows`` of the logits, if they are known.
 
     None stands for a row with a non-finite logit, where nothing can be trusted, or one whose rules
     broke, which then say why.
     """
-    ids, finite = _likeliest_ids(logits)
+    ids, finite = _likeliest_ids(logits, likeliest)
     if all(_is_greedy(spec) for spec in specs):
         return [SampledToken(i) if ok else None for i, ok in zip(ids, finite, strict=True)]
     tokens: list[SampledToken | None] = []
@@ -59,12 +61,20 @@ def _is_greedy(spec: SampleSpec) -> bool:
     )
 
 
-def _likeliest_ids(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """Of each row the id of its largest logit, of equals the lowest, and whether all are finite."""
+def likeliest_rows(logits: torch.Tensor) -> torch.Tensor:
+    """(2, num_rows) int64: of each row of logits (num_rows, vocab_size) the id of its largest, of
+    equals the lowest, and whether all are finite."""
+    return torch.stack((logits.argmax(dim=-1), torch.isfinite(logits).all(dim=-1)))
+
+
+def _likeliest_ids(
+    logits: torch.Tensor, likeliest: torch.Tensor | None
+) -> tuple[list[int], list[bool]]:
+    """``likeliest_rows`` on the host."""
     if logits.device.type != "cpu":
         # One trip to the host for all rows.
-        ids, finite = logits.argmax(dim=-1), torch.isfinite(logits).all(dim=-1)
-        return ids.tolist(), finite.tolist()
+        ids, finite = (likeliest_rows(logits) if likeliest is None else likeliest).tolist()
+        return ids, finite
     rows = logits.numpy()
     # Twenty times as fast as torch's, which look at one number at a time.
     ids = rows.argmax(axis=-1)

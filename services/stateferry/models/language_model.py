@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from stateferry.models.caches import LayerCaches
 from stateferry.models.layers.block import Block
 from stateferry.models.layers.mixer import MixerCore
+from stateferry.models.recorded import RecordedSteps
 from stateferry.models.step import Step
+from stateferry_kernels.device_tables import device_array
 from stateferry_kernels.kv_layer import KvGeometry, KvPlan
 from stateferry_kernels.layer_state import StateGeometry
 from stateferry_kernels.operations import Kernels
@@ -20,7 +23,7 @@ from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """A model (models/model.py). Stateless: sequences live in the ``caches`` of each call."""
+    """A model (models/model.py). Sequences live in the ``caches`` of each call."""
 
     config: Any  # the architecture's own
     kernels: Kernels
@@ -37,6 +40,9 @@ class LanguageModel:
     norm_eps: float
     head: torch.Tensor  # (vocab_size, d_model)
     logit_scale: float
+    recorded: RecordedSteps = field(
+        init=False, default_factory=RecordedSteps, compare=False, repr=False
+    )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,15 +59,22 @@ class LanguageModel:
     ) -> torch.Tensor:
         """Consume a packed batch: token_ids (total_tokens,) int64.
 
-        Returns logits (len(last_rows), vocab_size) fp32 of the rows asked for. Mutates ``caches``
-        as the plans say.
+        Returns what the head reads of the rows asked for: (len(last_rows), d_model). Mutates
+        ``caches`` as the plans say.
         """
         step = Step.extend(self.kernels, token_ids, plan, kv_plan, caches)
-        last, residual = self._stack(token_ids, step)
+        last, residual = self._stack(self._embed(token_ids), step)
         if not last_rows:
-            return torch.empty((0, self.vocab_size), device=token_ids.device)
-        rows = torch.tensor(last_rows, device=token_ids.device)
-        return self._logits(last[rows], residual[rows])
+            return last[:0]
+        rows = device_array(np.array(last_rows, dtype=np.int64), token_ids.device)
+        return self._hidden(last[rows], residual[rows])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (num_rows, d_model), from ``extend`` -> (num_rows, vocab_size) fp32."""
+        if not len(hidden):
+            return torch.empty((0, self.vocab_size), device=hidden.device)
+        logits = self.kernels.linear(hidden, self.head, None).float()
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 
     def decode(
         self, token_ids: torch.Tensor, plan: DecodePlan, kv_plan: KvPlan, caches: LayerCaches
@@ -70,30 +83,34 @@ class LanguageModel:
 
         Returns logits (num_seqs, vocab_size) fp32. Appends to tails and pages; commits nothing.
         """
-        step = Step.decode(self.kernels, token_ids, plan, kv_plan, caches)
-        return self._logits(*self._stack(token_ids, step))
+        embedded = self._embed(token_ids)
+        stacked = self.recorded.run(self._stack, self.kernels, embedded, plan, kv_plan, caches)
+        return self.logits(self._hidden(*stacked))
 
     def commit(self, plan: CommitPlan, caches: LayerCaches) -> None:
         """Fold full tails into fresh slots, on every Mamba-2 layer."""
         for mixer, state in zip(self.mixers, caches.states, strict=True):
             self.kernels.commit(params=mixer.ssm, plan=plan, state=state)
 
-    def _stack(self, token_ids: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(num_rows, d_model): what the residual begins as."""
+        residual = self.embedding[token_ids].to(self.residual_dtype)
+        return residual if self.embedding_scale == 1.0 else residual * self.embedding_scale
+
+    def _stack(self, residual: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """The last block's output, and the residual that it is yet to be added to."""
         add_rms_norm, eps, dtype = self.kernels.add_rms_norm, self.norm_eps, self.dtype
-        residual = self.embedding[token_ids].to(self.residual_dtype)
-        if self.embedding_scale != 1.0:
-            residual = residual * self.embedding_scale
+        cast = self.kernels.cast
         first, *rest = self.blocks
-        output = first.layer(self.kernels.rms_norm(residual, first.norm, eps).to(dtype), step)
+        normed = self.kernels.rms_norm(residual, first.norm, eps)
+        output = first.layer(normed if normed.dtype is dtype else cast(normed, dtype), step)
         for block in rest:
             normed, residual = add_rms_norm(output, residual, block.norm, eps)
             if normed.dtype is not dtype:
-                normed = normed.to(dtype)
+                normed = cast(normed, dtype)
             output = block.layer(normed, step)
         return output, residual
 
-    def _logits(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         normed, _ = self.kernels.add_rms_norm(output, residual, self.final_norm, self.norm_eps)
-        logits = self.kernels.linear(normed.to(self.dtype), self.head, None).float()
-        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+        return self.kernels.cast(normed, self.dtype)

@@ -53,9 +53,14 @@ class Model(Protocol):
     ) -> torch.Tensor:
         """Consume a packed batch: token_ids (total_tokens,) int64.
 
-        Returns logits (len(last_rows), vocab_size) fp32 of the rows asked for. Mutates ``caches``
-        as the plans say.
+        Returns what the head reads of the rows asked for: (len(last_rows), d_model). Mutates
+        ``caches`` as the plans say.
         """
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (num_rows, d_model), from ``extend`` -> (num_rows, vocab_size) fp32. A row's
+        logits do not depend on the others where the kernels' numerics say so."""
         ...
 
     def decode(

@@ -14,7 +14,7 @@ import torch
 
 from stateferry.models.caches import LayerCaches
 from stateferry.models.sizes import AttentionSizes, MixerSizes
-from stateferry_kernels.kv_layer import KvPlan
+from stateferry_kernels.kv_layer import KvPlan, row_positions
 from stateferry_kernels.layer_state import ConvParams, LayerState, SsmLayerParams
 from stateferry_kernels.operations import Kernels
 from stateferry_kernels.plans import DecodePlan, ExtendPlan
@@ -116,7 +116,7 @@ class Step:
     def positions(self) -> Positions:
         """Where the rows are in their sequences."""
         if self._positions is None:
-            rows = torch.tensor(self.kv_plan.positions, device=self._device)
+            rows = row_positions(self.kv_plan, self._device)
             self._positions = Positions(rows, max(s.end for s in self.kv_plan.sequences))
         return self._positions
 

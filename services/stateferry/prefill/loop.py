@@ -7,7 +7,7 @@ import logging
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from stateferry.cache.state_cache import StateCache
+from stateferry.cache.state_cache import Resumed, StateCache
 from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import GenerationRequest
@@ -27,6 +27,7 @@ class ComputedPrompt:
     """A prompt whose state is complete; its lease is held until ``abort``."""
 
     token: SampledToken
+    resumed: Resumed
     queue_s: float
     prefill_s: float
 
@@ -63,7 +64,7 @@ class PrefillLoop:
     def submit(self, request: GenerationRequest) -> None:
         """Queue a prompt. Raises Overloaded; if not, the caller must ``abort`` it in the end."""
         # Token 0 is consumed where it is decoded: only the prompt has to be held here.
-        self._scheduler.submit(request.request_id, request.prompt_len, request.prompt_len)
+        self._scheduler.submit(request, request.prompt_len)
         done: asyncio.Future[ComputedPrompt] = asyncio.get_running_loop().create_future()
         self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
         self._wakeup.set()
@@ -118,12 +119,14 @@ class PrefillLoop:
     def _finish(self, request_id: str, token: SampledToken | None) -> None:
         pending = self._pending[request_id]
         if token is None:
+            self._scheduler.spoil(request_id)
             self._fail(request_id, why_no_token(pending.request.rules))
             return
         if pending.started_s is None:
             raise InvariantViolation(f"{request_id} finished without having started")
         computed = ComputedPrompt(
             token=token,
+            resumed=self._cache.resumed(request_id),
             queue_s=pending.started_s - pending.arrived_s,
             prefill_s=self._clock.monotonic_s() - pending.started_s,
         )

@@ -115,6 +115,8 @@ class DecodeScheduler:
         self._in_flight = None
         advances = []
         for row, token_id in zip(step.rows, token_ids, strict=True):
+            if token_id is None:
+                self._memory.spoil(row.request_id)
             if row.request_id in self._gone_in_flight:
                 self._gone_in_flight.remove(row.request_id)
                 self._memory.release(row.request_id)

@@ -12,12 +12,14 @@ from collections import deque
 from dataclasses import dataclass
 
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
-from stateferry.scheduler.memory import StateMemory
+from stateferry.core.request import GenerationRequest
+from stateferry.scheduler.memory import PromptMemory
 
 
 @dataclass(frozen=True, slots=True)
 class ExtendSlice:
-    """Compute prompt tokens ``[start, start + length)`` of one request."""
+    """Compute prompt tokens ``[start, start + length)`` of one request; none where the whole prompt
+    was known already and token 0 follows without a forward."""
 
     request_id: str
     start: int
@@ -27,7 +29,7 @@ class ExtendSlice:
 
 @dataclass(frozen=True, slots=True)
 class ExtendStep:
-    """What one forward pass computes; never empty."""
+    """What one forward pass computes; never empty. Slices without tokens are last."""
 
     slices: tuple[ExtendSlice, ...]
 
@@ -38,17 +40,24 @@ class ExtendStep:
 
 @dataclass(slots=True)
 class _Job:
-    request_id: str
-    prompt_len: int
+    request: GenerationRequest
     held_tokens: int
     computed_len: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_len(self) -> int:
+        return self.request.prompt_len
 
 
 class PrefillScheduler:
     """Chunked prefill. One step is in flight at a time: ``schedule``, run it, ``complete``."""
 
     def __init__(
-        self, memory: StateMemory, *, grid: int, budget_tokens: int, max_waiting: int
+        self, memory: PromptMemory, *, grid: int, budget_tokens: int, max_waiting: int
     ) -> None:
         if budget_tokens < grid:
             raise ConfigError(
@@ -64,29 +73,31 @@ class PrefillScheduler:
         self._in_flight: ExtendStep | None = None
         self._aborted_in_flight: set[str] = set()
 
-    def submit(self, request_id: str, prompt_len: int, held_tokens: int) -> None:
+    def submit(self, request: GenerationRequest, held_tokens: int) -> None:
         """Queue a prompt. ``held_tokens`` is the most that the sequence will ever have here, at
-        least ``prompt_len``. Raises Overloaded when the queue is full."""
-        if self.knows(request_id):
-            raise InvariantViolation(f"{request_id} was submitted twice")
+        least the prompt's. Raises Overloaded when the queue is full."""
+        if self.knows(request.request_id):
+            raise InvariantViolation(f"{request.request_id} was submitted twice")
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts are waiting already")
-        self._waiting.append(_Job(request_id, prompt_len, held_tokens))
+        self._waiting.append(_Job(request, held_tokens))
 
     def schedule(self) -> ExtendStep | None:
         """The next step, or None when nothing can run."""
         if self._in_flight is not None:
             raise InvariantViolation("a step is in flight already")
         self._admit()
-        slices: list[ExtendSlice] = []
+        computed: list[ExtendSlice] = []
+        known: list[ExtendSlice] = []
         left = self._budget_tokens
         for job in self._running.values():
             part = self._cut(job, left)
             if part is None:
                 break
-            slices.append(part)
+            (computed if part.length else known).append(part)
             left -= part.length
-        self._in_flight = ExtendStep(tuple(slices)) if slices else None
+        slices = (*computed, *known)
+        self._in_flight = ExtendStep(slices) if slices else None
         return self._in_flight
 
     def complete(self, step: ExtendStep) -> tuple[str, ...]:
@@ -117,7 +128,12 @@ class PrefillScheduler:
         for part in step.slices:
             self._running.pop(part.request_id, None)
             self._aborted_in_flight.discard(part.request_id)
+            self._memory.spoil(part.request_id)
             self._memory.release(part.request_id)
+
+    def spoil(self, request_id: str) -> None:
+        """The state of a computed request is not to be trusted. It is still to be released."""
+        self._memory.spoil(request_id)
 
     def release(self, request_id: str) -> None:
         """The computed state of a request is needed no longer."""
@@ -168,8 +184,10 @@ class PrefillScheduler:
     def _admit(self) -> None:
         while self._waiting:
             job = self._waiting[0]
-            if not self._memory.reserve(job.request_id, job.held_tokens):
+            resumed = self._memory.resume(job.request, job.held_tokens)
+            if resumed is None:
                 return
+            job.computed_len = resumed
             self._running[job.request_id] = self._waiting.popleft()
 
     def _cut(self, job: _Job, budget_tokens: int) -> ExtendSlice | None:

@@ -34,7 +34,7 @@ def extend_batch(
                 scores=as_scores(request.scores),
             )
         )
-    return ExtendBatch(tuple(rows))
+    return ExtendBatch(tuple(rows), cache.take_copies())
 
 
 def decode_batch(
@@ -49,7 +49,8 @@ def decode_batch(
                 sample=sample_spec(running[row.request_id], row.index),
             )
             for row in step.rows
-        )
+        ),
+        cache.take_copies(),
     )
 
 

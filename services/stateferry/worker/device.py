@@ -11,6 +11,7 @@ from stateferry_kernels.operations import Kernels
 
 _GPU_BACKEND = "triton"
 DEVICES = ("auto", "cpu", "cuda")
+DECODE_GRAPHS = ("auto", "off")
 
 
 def pick_device(worker: WorkerSection) -> tuple[torch.device, Kernels]:
@@ -29,6 +30,17 @@ def pick_device(worker: WorkerSection) -> tuple[torch.device, Kernels]:
     if wants_gpu and kernels.name == "cpu":
         raise ConfigError("worker.kernels", "the cpu backend cannot serve worker.device = cuda")
     return device, kernels
+
+
+def wants_graphs(worker: WorkerSection, device: torch.device, kernels: Kernels) -> bool:
+    """Whether decode steps are to be captured as CUDA graphs. Raises ConfigError."""
+    if worker.decode_graphs not in DECODE_GRAPHS:
+        raise ConfigError(
+            "worker.decode_graphs",
+            f"{worker.decode_graphs!r} is none of {', '.join(DECODE_GRAPHS)}",
+        )
+    can = device.type == "cuda" and kernels.name == _GPU_BACKEND
+    return can and worker.decode_graphs == "auto"
 
 
 def _gpu_serves(kernels: str) -> bool:

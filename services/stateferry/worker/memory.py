@@ -11,6 +11,8 @@ import torch
 RAM_SHARE = 0.5
 # The rest is for activations and for what torch keeps.
 GPU_SHARE = 0.85
+# A GPU's memory is the worker's own; a CPU's is everybody's.
+CPU_CACHE_BYTES = 1 << 30
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -22,6 +24,11 @@ def automatic_budget_bytes(device: torch.device, workers_per_machine: int) -> in
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes * GPU_SHARE / workers_per_machine)
     return int(_ram_bytes() * RAM_SHARE / workers_per_machine)
+
+
+def automatic_cache_bytes(device: torch.device) -> int:
+    """Most memory for what is cached, of what running sequences leave."""
+    return CPU_CACHE_BYTES if device.type == "cpu" else 1 << 62
 
 
 def _ram_bytes() -> int:

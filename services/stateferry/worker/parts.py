@@ -12,7 +12,7 @@ import torch
 from stateferry.cache.pools import build_pools, layout_fingerprint
 from stateferry.cache.sizing import size_pools
 from stateferry.cache.state_cache import StateCache
-from stateferry.config import ModelSection, WorkerSection
+from stateferry.config import AUTO_BYTES, CacheSection, ModelSection, WorkerSection
 from stateferry.core.eos import read_eos_token_ids
 from stateferry.core.errors import ConfigError, InvariantViolation, ModelError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
@@ -31,9 +31,10 @@ from stateferry.engine.runner import ModelRunner
 from stateferry.guided.compiler import GuideCompiler
 from stateferry.models.model import Model
 from stateferry.models.registry import load_model
-from stateferry.worker.device import pick_device
+from stateferry.worker.device import pick_device, wants_graphs
 from stateferry.worker.limits import ModelLimits
-from stateferry.worker.memory import automatic_budget_bytes
+from stateferry.worker.memory import automatic_budget_bytes, automatic_cache_bytes
+from stateferry.worker.reuse import reuse_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def build_engine(
     model_dir: Path,
     model: ModelSection,
     worker: WorkerSection,
+    cached: CacheSection,
     progress: Callable[[int, int], None] | None = None,
 ) -> EngineParts:
     """Load the model and size its pools. ``progress`` gets (bytes loaded, bytes in all).
@@ -71,7 +73,16 @@ def build_engine(
     device, kernels = pick_device(worker)
     loaded = load_model(model_dir, dtype=dtype, kernels=kernels, device=device, progress=progress)
     grid = model.grid_tokens or loaded.chunk_size
-    sizes = _sizes(loaded, model, worker, grid, device)
+    weights = weights_fingerprint(model_dir)
+    layout = layout_fingerprint(
+        loaded.state_geometry,
+        loaded.kv_geometry,
+        grid=grid,
+        page_tokens=grid,
+        dtype=dtype,
+    )
+    reuse = reuse_of(cached, loaded, grid, weights, layout)
+    sizes = _sizes(loaded, model, worker, cached, grid, device)
     _report(sizes)
     pools = build_pools(
         loaded.state_geometry,
@@ -81,7 +92,13 @@ def build_engine(
         dtype=dtype,
         device=device,
     )
-    runner, cache = ModelRunner(loaded, pools, device), StateCache(pools, sizes.sequences)
+    graphs = wants_graphs(worker, device, kernels)
+    runner = ModelRunner(
+        loaded, pools, device, graphs_up_to_tokens=model.max_context_tokens if graphs else 0
+    )
+    cache = StateCache(pools, sizes, reuse)
+    if runner.graphs is not None:
+        runner.graphs.capture(sizes.sequences)
     _try_out(runner, cache, min(grid + 1, model.max_context_tokens - 1))
     return EngineParts(
         runner=runner,
@@ -91,14 +108,8 @@ def build_engine(
         fingerprint=Fingerprint(
             protocol=PROTOCOL_VERSION,
             model=model.name or model_dir.name,
-            weights=weights_fingerprint(model_dir),
-            layout=layout_fingerprint(
-                loaded.state_geometry,
-                loaded.kv_geometry,
-                grid=grid,
-                page_tokens=sizes.kv_page_tokens,
-                dtype=dtype,
-            ),
+            weights=weights,
+            layout=layout,
             grid=grid,
             dtype=model.dtype,
             numerics=kernels.numerics,
@@ -117,8 +128,16 @@ def _rules(model_dir: Path, vocab_size: int) -> RulesMaker:
 
 
 def _sizes(
-    loaded: Model, model: ModelSection, worker: WorkerSection, grid: int, device: torch.device
+    loaded: Model,
+    model: ModelSection,
+    worker: WorkerSection,
+    cached: CacheSection,
+    grid: int,
+    device: torch.device,
 ) -> PoolSizes:
+    cache_bytes = cached.memory_bytes
+    if cache_bytes == AUTO_BYTES:
+        cache_bytes = automatic_cache_bytes(device)
     return size_pools(
         loaded.state_geometry,
         loaded.kv_geometry,
@@ -128,6 +147,8 @@ def _sizes(
         max_context_tokens=model.max_context_tokens,
         budget_bytes=worker.memory_bytes
         or automatic_budget_bytes(device, worker.workers_per_machine),
+        cache_bytes=cache_bytes if cached.enabled else 0,
+        tokens_per_state=cached.tokens_per_state,
     )
 
 

@@ -7,6 +7,8 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -68,8 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": versions,
         "wall_s": time.perf_counter() - started,
     }
+    engine_table = ""
+    if not options.quick and find_spec("llguidance") is not None:
+        # Kernels alone can be measured without what an engine needs.
+        from bench.gpu import bench_engine
+
+        engine_rows = bench_engine.bench(limits["update_tbs"])
+        engine_table = bench_engine.table(engine_rows)
+        result["engine"] = [asdict(row) for row in engine_rows]
+        note("engine")
     plot(rows, f"{gpu}, {versions}, bf16 activations", options.out / "performance.png")
     print(table(rows))
+    print(engine_table)
     print(verdicts(result))
     print(result_line(result))
     bad = tests.get("failed", 0) + tests.get("error", 0) + tests.get("errors", 0)

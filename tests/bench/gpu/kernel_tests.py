@@ -1,4 +1,4 @@
-"""The kernels' tests on this GPU, as a process of their own."""
+"""The kernels' and the engine's tests on this GPU, as a process of their own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-_TESTS = Path(__file__).parents[2] / "kernels"
+_TESTS = Path(__file__).parents[2]
 # test_triton_compiles compiles for a GPU that is absent.
-_PATTERNS = ("test_triton_[!c]*.py", "test_triton_conv.py", "test_gpu_*.py", "test_parity_*.py")
+_PATTERNS = tuple(
+    f"kernels/test_{name}.py" for name in ("gpu_*", "triton_[!c]*", "triton_conv", "parity_*")
+)
+_ENGINE = ("engine/test_gpu_*.py", "engine/test_replayed_steps.py")
 
 
 def run(log: Path, workers: int) -> dict[str, int]:
     """Counts by outcome, for example {"passed": 900, "skipped": 3}; the whole output in ``log``."""
-    files = sorted({str(path) for pattern in _PATTERNS for path in _TESTS.glob(pattern)})
+    # The slowest first.
+    files = [str(path) for pattern in (*_ENGINE, *_PATTERNS) for path in _TESTS.glob(pattern)]
+    if find_spec("llguidance") is None:
+        # Without it there is no engine.
+        files = [file for file in files if "/engine/" not in file]
     options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--timeout", "300"]
     if find_spec("xdist") is not None:
         options += ["-n", str(workers)]
     # The other backends have no part in it.
-    options += ["-k", "not (cpu or torch) or triton"]
+    options += ["-k", "not (cpu or torch) or triton or gpu_engine"]
     with log.open("w") as file:
         subprocess.run(
             [sys.executable, "-P", "-m", "pytest", *options, *files],

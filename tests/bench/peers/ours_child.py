@@ -11,7 +11,7 @@ from child_loop import Sample, serve
 
 import stateferry
 from stateferry.colocated.engine import ColocatedEngine
-from stateferry.config import ModelSection, WorkerSection
+from stateferry.config import CacheSection, ModelSection, WorkerSection
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.worker.parts import build_engine
@@ -22,7 +22,9 @@ _GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=N
 def load(request: dict[str, Any]) -> tuple[str, int, Sample]:
     worker = WorkerSection(threads=request["threads"], max_requests=request["max_batch"])
     model = ModelSection(dtype=request["dtype"], max_context_tokens=request["max_context"])
-    parts = build_engine(Path(request["checkpoint"]), model, worker)
+    # The same prompts come again: nothing may be left of them.
+    cache = CacheSection(enabled=False)
+    parts = build_engine(Path(request["checkpoint"]), model, worker, cache)
     engine = ColocatedEngine(
         parts.runner,
         parts.cache,

@@ -36,6 +36,21 @@ void activation(const sf_activation_args& args, int64_t threads) {
     });
 }
 
+// x in another dtype, rounded once.
+template <class TX, class TO>
+void cast(const sf_cast_args& args, int64_t threads) {
+    const int64_t block = rows_per_task(args.n), n = args.n;
+    parallel(ceil_div(args.rows, block), threads, args.rows * n, [&](int64_t task) {
+        for (int64_t r = task * block; r < args.rows && r < (task + 1) * block; ++r) {
+            const TX* x = static_cast<const TX*>(args.x) + r * args.x_stride;
+            TO* out = static_cast<TO*>(args.out) + r * n;
+            vectors(0, n, [&](int64_t i, int64_t count) SF_STEP {
+                store_upto(out + i, load_upto(x + i, count), count);
+            });
+        }
+    });
+}
+
 // One head: features i and i + half are the two coordinates of a point.
 template <class T>
 inline void rotate_head(const T* x, const float* cos, const float* sin, int64_t half, int64_t dim,

@@ -127,6 +127,12 @@ SF_EXPORT void sf_activation(const sf_activation_args* args, int64_t threads) {
         sf::activation<float>(*args, threads);
 }
 
+SF_EXPORT void sf_cast(const sf_cast_args* args, int64_t threads) {
+    with_types(args->x_dtype, args->out_dtype, [&]<class TX, class TO>() {
+        sf::cast<TX, TO>(*args, threads);
+    });
+}
+
 SF_EXPORT int64_t sf_rotary(const sf_rotary_args* args, int64_t threads) {
     return args->dtype == SF_BFLOAT16 ? sf::rotary<bf16>(*args, threads)
                                       : sf::rotary<float>(*args, threads);
@@ -145,6 +151,49 @@ SF_EXPORT void sf_attention(const sf_kv_layer* layer, const sf_kv_plan* plan,
         sf::attention<bf16>(*layer, *plan, *rows, threads);
     else
         sf::attention<float>(*layer, *plan, *rows, threads);
+}
+
+namespace {
+
+// One argument of a recorded call, as the type that the function takes.
+struct Argument {
+    const void* address;
+    template <class A>
+    operator const A*() const {
+        return static_cast<const A*>(address);
+    }
+};
+
+// False: it refused its input.
+bool replay(const sf_call& call, int64_t threads) {
+    auto argument = [&](int which) { return Argument{call.arguments[which]}; };
+    switch (call.kind) {
+    case SF_CALL_LINEAR: sf_linear(argument(0), threads); break;
+    case SF_CALL_NORM: sf_norm(argument(0), threads); break;
+    case SF_CALL_ADD_NORM: sf_add_norm(argument(0), threads); break;
+    case SF_CALL_ACTIVATION: sf_activation(argument(0), threads); break;
+    case SF_CALL_ROTARY: return sf_rotary(argument(0), threads) != 0;
+    case SF_CALL_CAST: sf_cast(argument(0), threads); break;
+    case SF_CALL_ATTENTION: sf_attention(argument(0), argument(1), argument(2), threads); break;
+    case SF_CALL_CONV_ROW:
+        sf_conv_row(argument(0), argument(1), argument(2), argument(3), threads);
+        break;
+    case SF_CALL_DECODE_ROW:
+        sf_decode_row(argument(0), argument(1), argument(2), argument(3), threads);
+        break;
+    default: return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+// Calls that were recorded, one after the other. Returns 0, or the number of the call, from 1, that
+// refused its input.
+SF_EXPORT int64_t sf_replay(const sf_call* calls, int64_t count, int64_t threads) {
+    for (int64_t i = 0; i < count; ++i)
+        if (!replay(calls[i], threads)) return i + 1;
+    return 0;
 }
 
 // exp, silu and softplus of n elements: what every other function here builds on, for tests.

@@ -49,6 +49,15 @@ struct sf_activation_args {
     void* out;
 };
 
+// x (rows, n) in another dtype.
+struct sf_cast_args {
+    const void* x;
+    int64_t x_stride, x_dtype;
+    int64_t rows, n;
+    void* out;
+    int64_t out_dtype;
+};
+
 struct sf_rotary_args {
     const void* x;  // (rows, heads, head_dim)
     int64_t x_stride, rows, heads, head_dim, dtype;
@@ -86,4 +95,21 @@ struct sf_attention_rows {
     int64_t out_stride;
     int64_t num_heads;
     double scale;
+};
+
+// A call that was recorded: which function, and its arguments before the number of threads.
+enum {
+    SF_CALL_LINEAR = 0,
+    SF_CALL_NORM,
+    SF_CALL_ADD_NORM,
+    SF_CALL_ACTIVATION,
+    SF_CALL_ROTARY,
+    SF_CALL_CAST,
+    SF_CALL_ATTENTION,
+    SF_CALL_CONV_ROW,
+    SF_CALL_DECODE_ROW
+};
+struct sf_call {
+    int64_t kind;
+    const void* arguments[4];
 };

@@ -1,6 +1,7 @@
 // The plain selective state update: one token at a time, the whole state read and written.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "abi.h"
@@ -172,14 +173,17 @@ inline StepsFault check_steps(const sf_steps& steps) {
 template <class T, class ST>
 void state_steps(const sf_steps& steps, const sf_params& params, const sf_rows& rows,
                  int64_t threads) {
-    const int64_t parts = split(steps.nheads, steps.num_sequences, threads, 4);
-    const int64_t operations = steps.num_sequences * steps.num_steps * steps.nheads *
-                               steps.headdim * steps.dstate * 2;
-    parallel(steps.num_sequences * parts, threads, operations, [&](int64_t task) {
-        const int64_t part = task % parts;
-        StepsTask<T, ST>(steps, params, rows, task / parts, part * steps.nheads / parts,
-                         (part + 1) * steps.nheads / parts)
-            .run();
+    const int64_t heads = steps.num_sequences * steps.nheads;
+    const int64_t operations = heads * steps.num_steps * steps.headdim * steps.dstate * 2;
+    const int64_t piece = std::clamp<int64_t>(heads / (16 * threads), 1, steps.nheads);
+    // A thread's heads lie one after the other: what it fetches ahead is what it comes to next.
+    parallel_stretches(heads, piece, threads, operations, [&](int64_t head, int64_t end) {
+        while (head < end) {
+            const int64_t i = head / steps.nheads, first = head % steps.nheads;
+            const int64_t last = std::min(steps.nheads, first + end - head);
+            StepsTask<T, ST>(steps, params, rows, i, first, last).run();
+            head += last - first;
+        }
     });
 }
 

@@ -7,9 +7,8 @@
 #include <new>
 #include <vector>
 
-#include <omp.h>
-
 #include "simd.h"
+#include "team.h"
 
 namespace sf {
 
@@ -77,22 +76,31 @@ int64_t scratch_bytes(Count... bytes) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Run task(i) for i < count. A parallel region costs some microseconds: work of fewer operations
-// than that stays on the caller's thread.
+// To call others in costs a microsecond: work of fewer operations stays on the caller's thread.
+inline bool too_small(int64_t operations) { return operations < 40000; }
+
+// Run work(member) on up to `members` threads.
+template <class Work>
+void with_team(int64_t members, const Work& work) {
+    Team::mine().run(members, [&](int64_t member) {
+        FlushDenormals guard;
+        work(member);
+    });
+}
+
+// Run task(i) for i < count.
 template <class Task>
 void parallel(int64_t count, int64_t threads, int64_t operations, const Task& task) {
-    int64_t team = operations < 200000 ? 1 : (threads < count ? threads : count);
+    const int64_t team = too_small(operations) ? 1 : (threads < count ? threads : count);
     if (team <= 1) {
         FlushDenormals guard;
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-#pragma omp parallel num_threads(int(team))
-    {
-        FlushDenormals guard;
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < count; ++i) task(i);
-    }
+    alignas(64) std::atomic<int64_t> next{0};
+    with_team(team, [&](int64_t) {
+        for (int64_t i = next++; i < count; i = next++) task(i);
+    });
 }
 
 // Run task(first, last) for pieces of [0, count): each thread walks through a stretch of its own, so
@@ -101,7 +109,7 @@ template <class Task>
 void parallel_stretches(int64_t count, int64_t piece, int64_t threads, int64_t operations,
                         const Task& task) {
     const int64_t pieces = ceil_div(count, piece);
-    const int64_t team = operations < 200000 ? 1 : (threads < pieces ? threads : pieces);
+    const int64_t team = too_small(operations) ? 1 : (threads < pieces ? threads : pieces);
     auto run = [&](int64_t i) { task(i * piece, (i + 1) * piece < count ? (i + 1) * piece : count); };
     if (team <= 1) {
         FlushDenormals guard;
@@ -113,16 +121,14 @@ void parallel_stretches(int64_t count, int64_t piece, int64_t threads, int64_t o
     };
     std::vector<Stretch> stretches(static_cast<size_t>(team));
     for (int64_t t = 0; t < team; ++t) stretches[size_t(t)].next = t * pieces / team;
-#pragma omp parallel num_threads(int(team))
-    {
-        FlushDenormals guard;
-        for (int64_t t = 0, whose = omp_get_thread_num(); t < team; ++t, ++whose) {
+    with_team(team, [&](int64_t member) {
+        for (int64_t t = 0, whose = member; t < team; ++t, ++whose) {
             if (whose >= team) whose -= team;
             const int64_t last = (whose + 1) * pieces / team;
             std::atomic<int64_t>& next = stretches[size_t(whose)].next;
             for (int64_t i = next++; i < last; i = next++) run(i);
         }
-    }
+    });
 }
 
 // How many tasks to make of `items` so that each thread gets some of `outer * tasks`: the more, the

@@ -10,7 +10,8 @@ from stateferry.core.errors import ModelError
 from stateferry.models.options import Raw, positive
 from stateferry.models.step import Step
 
-_BLOCK = 4096
+# Positions that tables grow by: they end at a multiple of it.
+BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ class RotaryTable:
     def _grow(self, positions: int, device: torch.device) -> None:
         """In blocks of one size, so that a position's bits do not depend on when it was met; at
         least doubling, so that a long sequence does not copy its table for every block."""
-        blocks = max(-(-positions // _BLOCK), 2 * self._cos.shape[0] // _BLOCK)
+        blocks = max(-(-positions // BLOCK), 2 * self._cos.shape[0] // BLOCK)
         angles = [
-            torch.arange(n * _BLOCK, (n + 1) * _BLOCK, dtype=torch.float32)[:, None]
+            torch.arange(n * BLOCK, (n + 1) * BLOCK, dtype=torch.float32)[:, None]
             * self._frequencies
             for n in range(blocks)
         ]
