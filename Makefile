@@ -71,7 +71,7 @@ check: $(DEV) ## Format, lint, types, layout, contracts, generated files
 	@$(BIN)/mypy
 	@$(RUN) -m pytest -q tests/house
 
-NATIVE_TESTS := $(addprefix tests/kernels/test_,one_order.py verify_order.py threads.py \
+NATIVE_TESTS := $(addprefix tests/kernels/test_,tape.py one_order.py verify_order.py threads.py \
   elementwise.py against_reference.py reference_backend.py native_guards.py attention.py \
   attention_order.py rotary.py activation.py)
 

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -98,12 +99,15 @@ def _worker(role: Role, config: Config) -> ProcessMain:
     cluster_key = ClusterKey(config.cluster.key.encode())
     model_dir = model_directory(config.model)
 
+    # A prefill worker takes no decode step that a graph could be for.
+    graphs = config.worker.decode_graphs if role is Role.DECODE else "off"
+
     async def main(announce: Announce, stop: asyncio.Event) -> None:
         parts = await asyncio.to_thread(
             build_engine,
             model_dir,
             config.model,
-            config.worker,
+            replace(config.worker, decode_graphs=graphs),
             config.cache,
             _log_progress(model_dir),
         )

@@ -209,3 +209,15 @@ def test_a_forked_process_goes_on() -> None:
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_recording_does_not_import_torchs_compiler() -> None:
+    """That takes seconds, once, and would come in the middle of somebody's step."""
+    program = (
+        "import sys, torch\n"
+        "from stateferry_kernels.native.tape import _Torch\n"
+        "with _Torch() as watch:\n"
+        "    torch.empty(3).view(3)\n"
+        "assert watch.num_bytes == 12 and 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)

@@ -165,9 +165,7 @@ def test_tiles_are_for_shapes_that_were_tried() -> None:
 
 
 @pytest.mark.parametrize("headdim", [16, 64, 81])
-def test_a_rest_is_for_heads_that_leave_one(
-    monkeypatch: pytest.MonkeyPatch, headdim: int
-) -> None:
+def test_a_rest_is_for_heads_that_leave_one(monkeypatch: pytest.MonkeyPatch, headdim: int) -> None:
     """The first block is read without a mask: 64 rows of a state of 16 were an illegal read."""
     served = scan_tile(2, 80, 128, 128, per_group=4)
     assert served is not None and served.rest == 16

@@ -127,6 +127,11 @@ class _Torch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_bytes = 0
         self.computed = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True would import torch's compiler, for seconds, in the middle of somebody's step.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -246,9 +246,7 @@ class StateCache:
             hints=request.snapshot_hints,
             interval=self.reuse.interval_for(request.prompt_len),
         )
-        counters = self.prefixes.counters
-        counters.snapshots_planned += len(plan.boundaries)
-        counters.snapshots_skipped += plan.num_skipped
+        self.prefixes.count_plan(plan)
         slots = self._extra_slots(request.request_id, len(plan.optional))
         held.lease.snapshot_slots = dict(zip(plan.optional, slots, strict=True))
         held.slots.update(slots)
@@ -279,6 +277,8 @@ class StateCache:
         result = self.prefixes.insert(new, hold=held.hold if goes_on else None)
         self._settle(held, new, result)
         if goes_on:
+            # The tail that was handed in is a copy, which the sequence does not read.
+            self.prefixes.release_tail(held.hold)
             self._go_on(held, result, boundary, spare)
 
     def _take_if_there_is(self, request_id: str) -> int | None:

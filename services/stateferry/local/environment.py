@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from stateferry.config import ENV_PREFIX, Config, to_environment
 
-# Idle OpenMP threads sleep instead of spinning: two busy processes on two cores otherwise take
-# milliseconds for every parallel region. But not at once: within a layer the next region follows
-# after some microseconds, less than it takes to wake a thread.
+# Of torch's own operations; the kernels have threads of their own, which do likewise. Idle threads
+# sleep instead of spinning: two busy processes on two cores otherwise take milliseconds for every
+# parallel region. But not at once: the next region follows after some microseconds, less than it
+# takes to wake a thread.
 _OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 # Memory of tensors is kept for the next one instead of being returned to the kernel, page by page,
