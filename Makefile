@@ -18,6 +18,8 @@ MAKEFLAGS += --no-print-directory
 # Idle OpenMP threads must sleep: with busy waits, two processes on two cores starve each other.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
+# Large tensors in large pages, as workers have them.
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers gpu-report clean
