@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import uvloop
@@ -24,6 +24,7 @@ from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import ConfigError, ModelError
 from stateferry.core.ids import Role
 from stateferry.models.hub import hub_directory, is_hub_id
+from stateferry.telemetry.cache_metrics import CacheCollector
 from stateferry.telemetry.exporter import start_exporter
 from stateferry.telemetry.logs import configure_logging
 from stateferry.telemetry.metrics import WorkerMetrics, new_registry, set_build_info
@@ -119,6 +120,15 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             version=stateferry.__version__,
             kernels=parts.kernels,
             transport="ucx",
+        )
+        prefixes = parts.cache.prefixes
+        registry.register(
+            CacheCollector(
+                counters=lambda: asdict(prefixes.counters),
+                occupancy=lambda: {
+                    pool: asdict(owners) for pool, owners in prefixes.occupancy().items()
+                },
+            )
         )
         exporter = start_exporter(registry, config.worker.host, config.worker.metrics_port)
         host = WorkerHost(

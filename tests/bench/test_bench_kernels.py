@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kernels import bench_linear, measure, report
+from bench.kernels import bench_linear, measure, repeated, report
 from bench.kernels.measure import Local, Mismatch, Times, expect_same, interleave, relative_error
 from bench.kernels.rows import OURS
 from bench.kernels.suite import Outcome, run_suite
@@ -149,3 +149,15 @@ def test_scan_flops_count_each_pair_once() -> None:
     shape = Shape(nheads=2, headdim=3, dstate=5, ngroups=1, grid=4)
     assert shape.scan_flops(1) == 4 * 5 * 6 + 4 * 6 + 4 * 5
     assert shape.scan_flops_dense(1) == 4 * 5 * 6 + 2 * (4 * 6 + 4 * 5)
+
+
+def test_medians_over_processes() -> None:
+    results: list[dict[str, object]] = [
+        {"a": {"1": value, "2": 2 * value}, "who": "x", "b": None} for value in (3.0, 1.0, 2.0)
+    ]
+    assert repeated.medians(results) == {"a": {"1": 2.0, "2": 4.0}, "who": "x", "b": None}
+
+
+def test_a_process_without_a_result_is_an_error() -> None:
+    with pytest.raises(repeated.ProcessFailed):
+        repeated.run_processes(["--no-such-option"], 1)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench.kernels import machine, report
 from bench.kernels.measure import Mismatch
+from bench.kernels.repeated import ProcessFailed, medians, run_processes
 from bench.kernels.rows import Row
 from bench.kernels.suite import run_suite
 from bench.kernels.vllm_link import VllmLink
@@ -27,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     from bench.kernels.plot import plot
 
     console = Console(width=150)
+    processes = options.processes or (1 if options.quick else 3)
+    if processes > 1:
+        return _repeated(console, sys.argv[1:] if arguments is None else arguments, processes)
     shape = Shape(
         nheads=options.nheads,
         headdim=options.headdim,
@@ -79,12 +83,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _repeated(console: Console, arguments: list[str], processes: int) -> int:
+    started = time.perf_counter()
+    try:
+        results = run_processes(arguments, processes)
+    except ProcessFailed as error:
+        console.print(f"nothing is reported: {error}", style="bold red")
+        return 1
+    result = {
+        **medians(results),
+        "processes": [{key: each.get(key) for key in report.TARGETS} for each in results],
+        "wall_s": time.perf_counter() - started,
+    }
+    console.rule(f"medians of {processes} processes")
+    report.print_targets(console, result)
+    print(report.result_line(result))
+    return 0
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench-kernels ARGS=..", description=__doc__, allow_abbrev=False
     )
     default, shape = Workload(), Shape()
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument(
+        "--processes", type=int, help="medians over so many runs; 3, and 1 with --quick"
+    )
     parser.add_argument("--threads", type=int, default=default.threads)
     parser.add_argument("--seed", type=int, default=0, help="of all inputs")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the plot")
