@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers gpu-report clean
+.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers golden gpu-report clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -106,6 +106,9 @@ bench-kernels: $(BENCH) ## CPU kernels against this machine's ceilings; ARGS="--
 	@PYTHONPATH=tests $(RUN) -m bench.kernels $(ARGS)
 
 # Children of it run by themselves, each in the Python and with the waits of its own kind.
+golden: $(DEV) ## Caches, cuts, preemption, company, hand-off: no bit may change; ARGS="--seed N"
+	@PYTHONPATH=tests $(RUN) -m golden $(ARGS)
+
 bench-peers: $(DEV) ## Against transformers, vLLM, llama.cpp; ARGS="--llama DIR --vllm-python PATH"
 	@PYTHONPATH=tests $(RUN) -m bench.peers $(ARGS)
 

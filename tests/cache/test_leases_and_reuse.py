@@ -29,8 +29,15 @@ def reuse(strategy: StateStrategy = StateStrategy.EXTRA_BUFFER, interval: int = 
     )
 
 
-def cache_of(kv: KvGeometry = KV, rules: Reuse | None = None, sequences: int = 4) -> StateCache:
-    plain = small_cache(max_sequences=sequences, kv=kv, max_context_tokens=8 * GRID)
+def cache_of(
+    kv: KvGeometry = KV,
+    rules: Reuse | None = None,
+    sequences: int = 4,
+    cache_bytes: int = 120_000,
+) -> StateCache:
+    plain = small_cache(
+        max_sequences=sequences, kv=kv, max_context_tokens=8 * GRID, cache_bytes=cache_bytes
+    )
     return StateCache(plain.pools, plain.sizes, rules or reuse())
 
 
@@ -172,7 +179,7 @@ def test_strategies(kv: KvGeometry, strategy: StateStrategy) -> None:
 
 def test_without_room_states_are_skipped_and_counted() -> None:
     """Every slot belongs to a running sequence: nothing can be given away, nothing breaks."""
-    cache = cache_of(KV, sequences=2)
+    cache = cache_of(KV, sequences=2, cache_bytes=0)
     requests = [prompt(name, 2 * GRID, first=n) for n, name in enumerate("ab")]
     for request in requests:
         assert cache.resume(request, 3 * GRID) == 0
@@ -186,6 +193,21 @@ def test_without_room_states_are_skipped_and_counted() -> None:
         cache.release(request.request_id)
     cache.check_conserved()
     assert run(cache, prompt("c", 2 * GRID + 1)) == 2 * GRID
+
+
+def test_snapshots_never_keep_a_sequence_waiting() -> None:
+    """A long prompt that wants many states, and as many others as there are seats."""
+    rules = reuse(interval=GRID)
+    for spare in (0, 3):
+        cache = cache_of(KV, rules, sequences=4)
+        slots = cache.prefixes.pools.state_slots
+        extra = slots.total - 8 - spare
+        assert cache.prefixes.allocate("somebody", state_slots=extra) is not None
+        for n, name in enumerate("abcd"):
+            assert cache.resume(prompt(name, 8 * GRID, first=n), 8 * GRID) == 0
+        assert len(cache.lease("a").snapshot_slots) == spare
+        assert cache.resume(prompt("e", GRID), GRID) is None
+        assert cache.prefixes.counters.snapshots_skipped == 4 * 7 - spare
 
 
 def test_reuse_can_be_off() -> None:

@@ -24,8 +24,10 @@ def small_cache(
     max_context_tokens: int = 4 * GRID,
     budget_bytes: int = 1 << 30,
     dtype: torch.dtype = torch.float32,
+    cache_bytes: int = 0,
 ) -> StateCache:
-    """Full of NaN, so that a read of unwritten memory shows."""
+    """Full of NaN, so that a read of unwritten memory shows. ``cache_bytes`` are for what is
+    cached, besides what idle sequences leave."""
     sizes = size_pools(
         GEOMETRY,
         kv,
@@ -34,6 +36,8 @@ def small_cache(
         max_sequences=max_sequences,
         max_context_tokens=max_context_tokens,
         budget_bytes=budget_bytes,
+        cache_bytes=cache_bytes,
+        tokens_per_state=2 * GRID,
     )
     pools = build_pools(GEOMETRY, kv, sizes, grid=GRID, dtype=dtype)
     pools.poison()

@@ -96,6 +96,8 @@ class StateCache:
         """Lease memory for a prompt that will hold at most ``num_tokens`` here, from the deepest
         place that is cached of it. Returns that place's position; None, and nothing taken, when
         some pool has too little left."""
+        if self._num_seats_left == 0:
+            return None
         key = encode_tokens(request.prompt_ids)
         namespace = self.reuse.namespace(request.cache_salt)
         # Every row's logits are wanted where the prompt is scored.
@@ -210,7 +212,7 @@ class StateCache:
         if num_pages > self.pools.kv.num_pages:
             # Whoever waits for this would wait for ever: limits must have refused it.
             raise InvariantViolation(f"{request_id}: {num_tokens} tokens can never be held")
-        if len(self._held) >= self.sizes.sequences:
+        if self._num_seats_left == 0:
             return False
         shared = match.kv_pages[: self.prefixes.shared_kv_pages(match)]
         grant = self.prefixes.allocate(
@@ -235,13 +237,23 @@ class StateCache:
         )
         return True
 
+    @property
+    def _num_seats_left(self) -> int:
+        return self.sizes.sequences - len(self._held)
+
+    @property
+    def _spare_slots(self) -> int:
+        """State slots that no sequence could be kept waiting for."""
+        needed = SLOTS_PER_SEQUENCE * self._num_seats_left
+        return max(self.prefixes.obtainable_slots - needed, 0)
+
     def _plan_snapshots(self, held: _Held, request: GenerationRequest, match: Match) -> None:
         """Slots for the states to keep on the way, as far as there are any."""
         plan = plan_snapshots(
             request.prompt_len,
             match.position,
             self.pools.grid,
-            spare_slots=self.prefixes.obtainable_slots,
+            spare_slots=self._spare_slots,
             branch_position=match.branch_position,
             hints=request.snapshot_hints,
             interval=self.reuse.interval_for(request.prompt_len),
@@ -282,10 +294,9 @@ class StateCache:
             self._go_on(held, result, boundary, spare)
 
     def _take_if_there_is(self, request_id: str) -> int | None:
-        grant = self.prefixes.allocate(request_id, state_slots=1)
-        if grant is None:
+        if self._spare_slots < 1:
             return None
-        [slot] = grant.state_slots
+        [slot] = self._extra_slots(request_id, 1)
         self._held[request_id].slots.add(slot)
         return slot
 
@@ -332,7 +343,9 @@ class StateCache:
     ) -> tuple[int, tuple[int, ...]] | None:
         """Copies of the tail and the last KV pages, which the sequence will go on writing to; None
         when there is no room for them."""
-        grant = self.prefixes.allocate(request_id, tail_pages=1, kv_pages=len(last_pages))
+        grant = None
+        if self.prefixes.obtainable_tails > TAIL_PAGES_PER_SEQUENCE * self._num_seats_left:
+            grant = self.prefixes.allocate(request_id, tail_pages=1, kv_pages=len(last_pages))
         if grant is None:
             self.prefixes.counters.snapshots_skipped += 1
             return None

@@ -7,7 +7,7 @@ computed prompt's lease simply passes from the prefill to the decode scheduler.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import StateferryError
@@ -78,6 +78,25 @@ class ColocatedEngine:
             self._running.pop(request_id, None)
             del self.outputs[request_id]
 
+    def preempt(self, request_id: str) -> bool:
+        """Take a decoding sequence's memory, between two steps; False if it is not decoding. It
+        waits its turn again and goes on from what the cache still has of it then."""
+        if request_id not in self._running:
+            return False
+        self._decode.abort(request_id)
+        del self._running[request_id]
+        request, token_ids = self._requests[request_id], self.outputs[request_id].token_ids
+        prompt_ids = request.prompt_ids[: request.prompt_len - request.num_output_ids]
+        again = replace(
+            request,
+            prompt_ids=(*prompt_ids, *token_ids),
+            num_output_ids=len(token_ids),
+            scores=None,
+        )
+        self._requests[request_id] = again
+        self._prefill.submit(again, again.total_tokens)
+        return True
+
     def step(self) -> None:
         """One extend and one decode pass, of whatever is ready. Raises what kept a request from its
         next token; that request is forgotten by then, and the others may go on."""
@@ -108,17 +127,18 @@ class ColocatedEngine:
         return failures
 
     def _begin(self, request_id: str, token: SampledToken) -> None:
-        """Token 0 of a computed prompt."""
+        """The token after a computed prompt."""
         request = self._requests[request_id]
+        count = request.num_output_ids + 1
         scores = as_scores(request.scores)
         if scores is not None:
             self.outputs[request_id].prompt = scores.result()
-        self._emit(request_id, token, request.stop.check(token.token_id, 1))
+        self._emit(request_id, token, request.stop.check(token.token_id, count))
         if request_id in self._requests:
             self._cache.publish(request_id)
             self._running[request_id] = request.continuation
             self._prefill.hand_over(request_id)
-            self._decode.take_over(request_id, token.token_id, request.stop)
+            self._decode.take_over(request_id, token.token_id, request.stop, count)
         else:
             self._prefill.release(request_id)
 

@@ -32,8 +32,10 @@ class GenerationRequest:
     ``prompt_logprobs`` None returns none; n those of each prompt token but the first, and of the n
     likeliest in its place. ``rules`` and ``scores`` belong to the worker's engine, which made them.
 
-    Nothing cached is shared between requests of different ``cache_salt``. ``snapshot_hints`` are
-    positions in the prompt that later ones are expected to have in common with it.
+    The last ``num_output_ids`` of ``prompt_ids`` are output of this very request, which was
+    preempted: it goes on with output token ``num_output_ids``. Nothing cached is shared between
+    requests of different ``cache_salt``. ``snapshot_hints`` are positions in the prompt that later
+    ones are expected to have in common with it.
     """
 
     request_id: str
@@ -45,6 +47,7 @@ class GenerationRequest:
     scores: object = field(default=None, compare=False)
     cache_salt: str = ""
     snapshot_hints: tuple[int, ...] = ()
+    num_output_ids: int = 0
 
     @property
     def continuation(self) -> Continuation:
@@ -65,4 +68,4 @@ class GenerationRequest:
     @property
     def total_tokens(self) -> int:
         """Prompt and output together, at most."""
-        return self.prompt_len + self.stop.max_tokens
+        return self.prompt_len + self.stop.max_tokens - self.num_output_ids

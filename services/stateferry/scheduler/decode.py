@@ -88,11 +88,14 @@ class DecodeScheduler:
         self._reserved.remove(request_id)
         self._join(request_id, first_token_id, stop)
 
-    def take_over(self, request_id: str, first_token_id: int, stop: StopConditions) -> None:
-        """Continue a sequence whose memory was leased by somebody else over the same cache."""
+    def take_over(
+        self, request_id: str, token_id: int, stop: StopConditions, num_output_tokens: int = 1
+    ) -> None:
+        """Continue a sequence whose memory was leased by somebody else over the same cache;
+        ``token_id`` is the last of its output so far."""
         if self.knows(request_id):
             raise InvariantViolation(f"{request_id} is here already")
-        self._join(request_id, first_token_id, stop)
+        self._join(request_id, token_id, stop, num_output_tokens)
 
     def schedule(self) -> DecodeStep | None:
         """The next step, or None when no sequence is ready."""
@@ -170,8 +173,10 @@ class DecodeScheduler:
         """Prompt tokens not computed yet: none, a decode worker computes no prompts."""
         return 0
 
-    def _join(self, request_id: str, first_token_id: int, stop: StopConditions) -> None:
-        self._active[request_id] = _Sequence(request_id, stop, first_token_id, num_output_tokens=1)
+    def _join(
+        self, request_id: str, token_id: int, stop: StopConditions, num_output_tokens: int = 1
+    ) -> None:
+        self._active[request_id] = _Sequence(request_id, stop, token_id, num_output_tokens)
 
     def _step_touches(self, request_id: str) -> bool:
         step = self._in_flight

@@ -22,7 +22,7 @@ from stateferry.scheduler.prefill import ExtendStep
 def extend_batch(
     step: ExtendStep, requests: Mapping[str, GenerationRequest], cache: StateCache
 ) -> ExtendBatch:
-    """Prompt slices; a prompt's last slice samples token 0."""
+    """Prompt slices; a prompt's last slice samples the token after it."""
     rows = []
     for part in step.slices:
         request = requests[part.request_id]
@@ -30,11 +30,15 @@ def extend_batch(
             ExtendRow(
                 lease=cache.lease(part.request_id),
                 token_ids=request.prompt_ids[part.start : part.start + part.length],
-                sample=sample_spec(request.continuation, 0) if part.is_last else None,
+                sample=_next_token(request) if part.is_last else None,
                 scores=as_scores(request.scores),
             )
         )
     return ExtendBatch(tuple(rows), cache.take_copies())
+
+
+def _next_token(request: GenerationRequest) -> SampleSpec:
+    return sample_spec(request.continuation, request.num_output_ids)
 
 
 def decode_batch(
