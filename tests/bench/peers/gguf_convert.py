@@ -8,11 +8,13 @@ them, without a layer that has any.
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+_OF_EXPERTS = re.compile(r"expert|^moe_|^n_group$|topk|^routed_")
 _LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
 
 
@@ -21,7 +23,7 @@ def dense(hparams: dict[str, Any]) -> dict[str, Any]:
     kinds = hparams.get("layers_block_type")
     if not kinds or not set(kinds) <= set(_LETTERS):
         return hparams
-    kept = {k: v for k, v in hparams.items() if k not in ("num_experts_per_tok", "num_experts")}
+    kept = {k: v for k, v in hparams.items() if not _OF_EXPERTS.search(k)}
     del kept["layers_block_type"]
     pattern = "".join(_LETTERS[kind] for kind in kinds)
     return {**kept, "hybrid_override_pattern": pattern, "num_hidden_layers": len(kinds)}
