@@ -96,6 +96,7 @@ def _cpu() -> Kernels:
     return Kernels(
         name="cpu",
         numerics=variant.numerics,
+        widens_weights=True,
         chunk_scan=ssd_cpu.chunk_scan,
         decode_row=update_cpu.decode_row,
         commit=update_cpu.commit,

@@ -283,3 +283,5 @@ class Kernels:
     relu2: Activation
     cast: Cast = activation_torch.cast
     recorder: MakeRecorder | None = None  # where a step's overhead is worth it
+    # Whether linear takes bf16 weights under fp32 activations.
+    widens_weights: bool = False

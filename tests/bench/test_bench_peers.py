@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 import sys
@@ -183,10 +184,13 @@ def test_a_llama_that_fails_or_is_not_there_is_a_failure(tmp_path: Path) -> None
 
 
 def test_ceilings_count_what_a_pass_reads_or_multiplies() -> None:
-    weights = Weights(body=900, head=100)
+    weights = Weights(body=900, head=100, itemsize=4)
     prefill = Case("prefill", "prefill", 1, 10, 1)
     assert ceiling(DECODE, weights, "float32", MACHINE) == 2 * 1e9 / 4000
     assert ceiling(DECODE, weights, "bfloat16", MACHINE) == 2 * 1e9 / 2000
+    # Stored in bf16, it need not be read as more.
+    stored_narrow = dataclasses.replace(weights, itemsize=2)
+    assert ceiling(DECODE, stored_narrow, "float32", MACHINE) == 2 * 1e9 / 2000
     assert ceiling(prefill, weights, "float32", MACHINE) == 1e9 / (2 * 910)
 
 

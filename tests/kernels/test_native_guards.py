@@ -137,7 +137,8 @@ Call = Callable[[Kernels], Any]
 X, W = torch.ones(4, 6), torch.ones(5, 6)
 BAD_ROWS: dict[str, tuple[type[Exception], str, Call]] = {
     "linear x dtype": (TypeError, "x", lambda k: k.linear(X.double(), W, None)),
-    "linear weight dtype": (TypeError, "weight", lambda k: k.linear(X, W.bfloat16(), None)),
+    "linear weight dtype": (TypeError, "weight", lambda k: k.linear(X, W.half(), None)),
+    "linear wide weight": (TypeError, "weight", lambda k: k.linear(X.bfloat16(), W, None)),
     "linear weight shape": (ValueError, "weight", lambda k: k.linear(X, W[:, :5], None)),
     "linear weight strides": (ValueError, "weight", lambda k: k.linear(X, W.T[:, :0], None)),
     "linear bias": (ValueError, "bias", lambda k: k.linear(X, W, torch.ones(6))),

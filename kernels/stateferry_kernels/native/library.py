@@ -27,7 +27,7 @@ class Variant:
     name: str
     machine: str
     flags: frozenset[str]
-    numerics: str = "cpu"
+    numerics: str = "cpu-2"
 
 
 _V3 = frozenset("avx2 fma bmi1 bmi2 f16c movbe abm".split())
@@ -35,7 +35,7 @@ _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 
 # Best first.
 VARIANTS = (
-    Variant("x86_64_v4_bf16", "x86_64", _V4 | {"avx512_bf16"}, numerics="cpu-bf16-pairs"),
+    Variant("x86_64_v4_bf16", "x86_64", _V4 | {"avx512_bf16"}, numerics="cpu-bf16-pairs-2"),
     Variant("x86_64_v4", "x86_64", _V4),
     Variant("x86_64_v3", "x86_64", _V3),
     Variant("aarch64", "aarch64", frozenset({"asimd"})),
@@ -50,7 +50,7 @@ _KV_LAYER, _KV_PLAN = _PLAN(structs.KvLayerStruct), _PLAN(structs.KvPlanStruct)
 _VERIFY, _ACCEPT = _PLAN(structs.VerifyPlanStruct), _PLAN(structs.AcceptPlanStruct)
 
 # The library's own count, sf_abi(): a build of older source takes other structs.
-ABI = 3
+ABI = 4
 
 _SIGNATURES: dict[str, list[Any]] = {
     "sf_abi": [],

@@ -103,7 +103,7 @@ class KvPlanStruct(ctypes.Structure):
 ROWS = Struct("13q")
 COLUMNS = Struct("4q")
 STEPS = Struct("18q")
-LINEAR_ARGS = Struct("9q")
+LINEAR_ARGS = Struct("10q")
 NORM_ARGS = Struct("7qd5q")
 ADD_NORM_ARGS = Struct("8qd4q")
 ACTIVATION_ARGS = Struct("9q")

@@ -28,6 +28,7 @@ class LanguageModel:
     config: Any  # the architecture's own
     kernels: Kernels
     vocab_size: int
+    dtype: torch.dtype  # of activations
     chunk_size: int
     state_geometry: StateGeometry
     kv_geometry: KvGeometry
@@ -43,11 +44,6 @@ class LanguageModel:
     recorded: RecordedSteps = field(
         init=False, default_factory=RecordedSteps, compare=False, repr=False
     )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Activation dtype."""
-        return self.embedding.dtype
 
     def extend(
         self,

@@ -42,7 +42,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype} is not supported; supported: float32, bfloat16")
     raw = read_config(model_dir)
-    table = WeightTable(dtype, device)
+    table = WeightTable(dtype, device, keep_narrow=kernels.widens_weights)
     return _LOADERS[architecture_of(raw)](model_dir, raw, table, kernels, progress)
 
 

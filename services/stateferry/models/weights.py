@@ -46,14 +46,26 @@ class _Target:
     tensor: torch.Tensor
     layouts: tuple[tuple[Part, ...], ...]
     required: bool
+    is_projection: bool
     loaded: set[str] = field(default_factory=set)
 
 
 class WeightTable:
-    """The tensors of a model that is being built. Those handed out hold nothing until ``fill``."""
+    """The tensors of a model that is being built. Those handed out hold nothing until ``fill``.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    With ``keep_narrow``, projections of an fp32 model that bf16 holds exactly, as of a checkpoint
+    that was stored so, are bf16 once they are filled: the same numbers in half the memory.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        keep_narrow: bool = False,
+    ) -> None:
         self.dtype = dtype
+        self._keep_narrow = keep_narrow
         self._device = device
         self._targets: list[_Target] = []
 
@@ -67,6 +79,15 @@ class WeightTable:
         zeros = torch.zeros(shape, dtype=dtype or self.dtype, device=self._device)
         return self._declare(zeros, layouts, True)
 
+    def projection(self, shape: tuple[int, int], *layouts: Layout) -> torch.Tensor:
+        """A matrix (outputs, inputs) that only ``linear`` reads, and nobody a part of."""
+        zeros = torch.zeros(shape, dtype=self.dtype, device=self._device)
+        return self._declare(zeros, layouts, True, is_projection=True)
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        """Rows that are looked up, and may be the output projection as well."""
+        return self.projection(shape, [Part(name)])
+
     def whole(
         self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -76,13 +97,17 @@ class WeightTable:
     def head(self, name: str, embedding: torch.Tensor, tied: bool) -> OutputHead:
         """The output projection, which a tied model may store or leave out."""
         own = torch.zeros_like(embedding)
-        self._declare(own, [[Part(name)]], not tied)
+        self._declare(own, [[Part(name)]], not tied, is_projection=True)
         return OutputHead(own, embedding, self._targets[-1])
 
     def _declare(
-        self, tensor: torch.Tensor, layouts: Sequence[Layout], required: bool
+        self,
+        tensor: torch.Tensor,
+        layouts: Sequence[Layout],
+        required: bool,
+        is_projection: bool = False,
     ) -> torch.Tensor:
-        self._targets.append(_Target(tensor, tuple(map(tuple, layouts)), required))
+        self._targets.append(_Target(tensor, tuple(map(tuple, layouts)), required, is_projection))
         return tensor
 
     def fill(
@@ -118,6 +143,10 @@ class WeightTable:
                 for target, part in wanted[name]:
                     _fill_part(stored, tensor, target, part)
         self._check_complete(model_dir)
+        if self._keep_narrow and self.dtype is torch.float32:
+            for target in self._targets:
+                if target.is_projection:
+                    _narrow_if_exact(target.tensor)
         if progress is not None:
             progress(total, total)
 
@@ -159,9 +188,18 @@ class OutputHead:
 
         A configuration may promise a tie that the files do not keep. What is stored counts.
         """
-        if not self.target.loaded or torch.equal(self.own, self.embedding):
-            return self.embedding
-        return self.own
+        own, embedding = self.own, self.embedding
+        if not self.target.loaded:
+            return embedding
+        same = own.dtype is embedding.dtype and torch.equal(own, embedding)
+        return embedding if same else own
+
+
+def _narrow_if_exact(tensor: torch.Tensor) -> None:
+    """Whoever holds the tensor has it in bf16 then."""
+    narrow = tensor.to(torch.bfloat16)
+    if torch.equal(narrow.to(tensor.dtype), tensor):
+        tensor.data = narrow
 
 
 def _renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from bench.peers.cases import Case
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BUFFER_BYTES = 256 << 20
 _MATMUL_SIZES = (1024, 2048)
 _REPEATS = 5
@@ -32,10 +33,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Weights:
-    """Elements of a model's matrices that a pass multiplies with."""
+    """Elements of a model's matrices that a pass multiplies with, and the bytes that the widest of
+    them has in its file: nobody needs more to hold it."""
 
     body: int
     head: int
+    itemsize: int
 
 
 def measure_machine(threads: int) -> Machine:
@@ -47,25 +50,28 @@ def read_weights(checkpoint: Path) -> Weights:
     """From the shapes in the files. An embedding is looked up, not multiplied with, unless it is
     the head as well."""
     tied = json.loads((checkpoint / "config.json").read_text()).get("tie_word_embeddings", False)
-    body = head = 0
+    body = head = itemsize = 0
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                shape = tensors.get_slice(name).get_shape()
+                stored = tensors.get_slice(name)
+                shape = stored.get_shape()
                 if len(shape) != 2:
                     continue
+                itemsize = max(itemsize, _STORED_BYTES[stored.get_dtype()])
                 if "lm_head" in name or ("embed" in name and tied):
                     head = math.prod(shape)
                 elif "embed" not in name:
                     body += math.prod(shape)
-    return Weights(body, head)
+    return Weights(body, head, itemsize)
 
 
 def ceiling(case: Case, weights: Weights, dtype: str, machine: Machine) -> float:
     """Tokens/s, if nothing took time but this: in decode, reading each weight once a step; in
     prefill, multiplying with them, the head only for the last token."""
     if case.kind == "decode":
-        size = (weights.body + weights.head) * _DTYPES[dtype].itemsize
+        itemsize = min(weights.itemsize, _DTYPES[dtype].itemsize)
+        size = (weights.body + weights.head) * itemsize
         return case.batch * machine.read_bytes_per_s / size
     flops = 2.0 * (weights.body + weights.head / case.prompt_tokens)
     # Weights in bf16 may be multiplied as fp32, where that is faster.

@@ -33,7 +33,7 @@ void with_types(int64_t activation, int64_t state, const Run& run) {
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts up with every change of a signature or of a struct in abi.h, packed_abi.h or step.h.
-SF_EXPORT int64_t sf_abi() { return 3; }
+SF_EXPORT int64_t sf_abi() { return 4; }
 
 SF_EXPORT void sf_chunk_scan(const sf_layer* layer, const sf_params* params,
                              const sf_extend_plan* plan, const sf_rows* rows, int64_t threads) {
@@ -141,6 +141,8 @@ SF_EXPORT int64_t sf_rotary(const sf_rotary_args* args, int64_t threads) {
 SF_EXPORT void sf_linear(const sf_linear_args* args, int64_t threads) {
     if (args->dtype == SF_BFLOAT16)
         sf::linear(sf::LinearArgs<bf16>(*args), threads);
+    else if (args->weight_dtype == SF_BFLOAT16)
+        sf::linear(sf::LinearArgs<float, bf16>(*args), threads);
     else
         sf::linear(sf::LinearArgs<float>(*args), threads);
 }

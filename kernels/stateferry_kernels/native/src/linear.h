@@ -21,23 +21,24 @@ namespace sf {
 // Bytes of weight that stay in a core's second-level cache while all rows pass over them.
 constexpr int64_t LINEAR_BLOCK_BYTES = 192 * 1024;
 
-template <class T>
+// W is T, or bf16 under fp32 activations: a weight that bf16 holds exactly needs no wider memory.
+template <class T, class W = T>
 struct LinearArgs {
     const T* x;
     int64_t x_stride, rows;
-    const T* weight;
+    const W* weight;
     const T* bias;  // or null
     int64_t inputs, outputs;
     T* out;
 
     explicit LinearArgs(const sf_linear_args& args)
         : x(static_cast<const T*>(args.x)), x_stride(args.x_stride), rows(args.rows),
-          weight(static_cast<const T*>(args.weight)), bias(static_cast<const T*>(args.bias)),
+          weight(static_cast<const W*>(args.weight)), bias(static_cast<const T*>(args.bias)),
           inputs(args.inputs), outputs(args.outputs), out(static_cast<T*>(args.out)) {}
 };
 
-template <class T>
-inline void store_outputs(const LinearArgs<T>& args, const float* sums, int64_t ldo, int64_t row,
+template <class T, class W>
+inline void store_outputs(const LinearArgs<T, W>& args, const float* sums, int64_t ldo, int64_t row,
                           int64_t rows, int64_t first, int64_t count) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < count; j += LANES) {
@@ -75,8 +76,8 @@ inline void fetch_share(const float* from, int64_t count, int64_t part, int64_t 
         __builtin_prefetch(from + i, 0, 2);
 }
 
-template <class T, class Widened>
-inline void linear_panels(const LinearArgs<T>& args, const Widened& widened, int64_t threads) {
+template <class T, class W, class Widened>
+inline void linear_panels(const LinearArgs<T, W>& args, const Widened& widened, int64_t threads) {
     const int64_t depth = widened.depth, size = panel_row_size(depth), runs = panel_runs(depth);
     const int64_t wide = PANELS * LANES;
     const int64_t block = ceil_div(linear_block(depth, args.outputs, threads), wide) * wide;
@@ -104,7 +105,7 @@ inline void linear_panels(const LinearArgs<T>& args, const Widened& widened, int
             float* room = scratch.take<float>(widened.scratch() / 4);
             for (int64_t j = first; j < first + ceil_div(last - first, wide) * wide; j += LANES) {
                 const int64_t count = std::max<int64_t>(0, std::min<int64_t>(LANES, last - j));
-                const T* from = args.weight + std::min(j, last) * args.inputs;
+                const W* from = args.weight + std::min(j, last) * args.inputs;
                 pack_panel(widened.rows(from, args.inputs, count, room),
                            widened.stride(args.inputs), count, depth, panels + (j - first) * size);
             }
@@ -135,8 +136,8 @@ constexpr int64_t STREAM_TASK = 24;
 
 // Few rows: compute(first, count, sums, ld) puts outputs [first, first + count) of all rows into
 // sums.
-template <class T, class Compute>
-inline void linear_few(const LinearArgs<T>& args, int64_t threads, const Compute& compute) {
+template <class T, class W, class Compute>
+inline void linear_few(const LinearArgs<T, W>& args, int64_t threads, const Compute& compute) {
     const int64_t operations = args.rows * args.inputs * args.outputs;
     parallel_stretches(args.outputs, STREAM_TASK, threads, operations,
                        [&](int64_t first, int64_t last) {
@@ -168,6 +169,85 @@ inline void linear(const LinearArgs<float>& args, int64_t threads) {
             dot<true>(x, ldx, 1, weight, depth, count, depth, sums, ld);
         else
             stream_dot(x, ldx, args.rows, weight, depth, count, depth, sums, ld);
+    });
+}
+
+// A row as fp32: per 32 elements the even ones, then the odd ones; zeros after the last.
+inline int64_t pairs_length(int64_t n) { return (n + 31) / 32 * 32; }
+inline void widen_pairs(const bf16* row, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i += 32) {
+        F16 even, odd;
+        if (n - i >= 32) {
+            load_pairs(row + i, even, odd);
+        } else {
+            bf16 rest[32] = {};
+            std::memcpy(rest, row + i, size_t(n - i) * 2);
+            load_pairs(rest, even, odd);
+        }
+        store(to + i, even);
+        store(to + i + LANES, odd);
+    }
+}
+
+inline void widen_pairs(const float* row, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i += 32)
+        for (int64_t l = 0; l < LANES; ++l) {
+            const int64_t at = i + 2 * l;
+            to[i + l] = at < n ? row[at] : 0.f;
+            to[i + LANES + l] = at + 1 < n ? row[at + 1] : 0.f;
+        }
+}
+
+struct PairRows {
+    int64_t inputs, depth;
+    explicit PairRows(int64_t n) : inputs(n), depth(pairs_length(n)) {}
+    int64_t scratch() const { return LANES * depth * 4; }
+    template <class T>
+    const float* rows(const T* from, int64_t ld, int64_t count, float* room) const {
+        for (int64_t i = 0; i < count; ++i) widen_pairs(from + i * ld, inputs, room + i * depth);
+        return room;
+    }
+    int64_t stride(int64_t) const { return depth; }
+};
+
+// A row of x, widened, against a bf16 row of the weight. The order of dot().
+inline float narrow_dot(const float* a, const bf16* b, int64_t inputs) {
+    F16 sums = zero(), even, odd;
+    int64_t k = 0;
+    for (; k + 32 <= inputs; k += 32) {
+        __builtin_prefetch(b + k + 2 * DOT_AHEAD);
+        load_pairs(b + k, even, odd);
+        sums = fma(load(a + k), even, sums);
+        sums = fma(load(a + k + LANES), odd, sums);
+    }
+    if (k < inputs) {
+        bf16 rest[32] = {};
+        std::memcpy(rest, b + k, size_t(inputs - k) * 2);
+        load_pairs(rest, even, odd);
+        sums = fma(load(a + k), even, sums);
+        sums = fma(load(a + k + LANES), odd, sums);
+    }
+    return sum(sums);
+}
+
+template <class T>
+inline void linear_pairs(const LinearArgs<T, bf16>& args, int64_t threads) {
+    if (args.rows >= PANEL_MIN_ROWS) return linear_panels(args, PairRows(args.inputs), threads);
+    const int64_t inputs = args.inputs, length = pairs_length(inputs);
+    // Widened once by the caller, then read by all threads.
+    static thread_local Scratch shared;
+    shared.reserve(scratch_bytes(args.rows * length * 4));
+    float* x = shared.take<float>(args.rows * length);
+    for (int64_t r = 0; r < args.rows; ++r)
+        widen_pairs(args.x + r * args.x_stride, inputs, x + r * length);
+    linear_few(args, threads, [&](int64_t first, int64_t count, float* sums, int64_t ld) {
+        const bf16* weight = args.weight + first * inputs;
+        if (args.rows > 1) {
+            stream_dot(x, length, args.rows, weight, inputs, count, inputs, sums, ld);
+        } else {
+            for (int64_t j = 0; j < count; ++j)
+                sums[j] = narrow_dot(x, weight + j * inputs, inputs);
+        }
     });
 }
 
@@ -241,74 +321,12 @@ inline void linear(const LinearArgs<bf16>& args, int64_t threads) {
 
 #else
 
-// A bf16 row as fp32: per 32 elements the even ones, then the odd ones; zeros after the last.
-inline int64_t pairs_length(int64_t n) { return (n + 31) / 32 * 32; }
-inline void widen_pairs(const bf16* row, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; i += 32) {
-        F16 even, odd;
-        if (n - i >= 32) {
-            load_pairs(row + i, even, odd);
-        } else {
-            bf16 rest[32] = {};
-            std::memcpy(rest, row + i, size_t(n - i) * 2);
-            load_pairs(rest, even, odd);
-        }
-        store(to + i, even);
-        store(to + i + LANES, odd);
-    }
-}
-
-struct PairRows {
-    int64_t inputs, depth;
-    explicit PairRows(int64_t n) : inputs(n), depth(pairs_length(n)) {}
-    int64_t scratch() const { return LANES * depth * 4; }
-    const float* rows(const bf16* from, int64_t ld, int64_t count, float* room) const {
-        for (int64_t i = 0; i < count; ++i) widen_pairs(from + i * ld, inputs, room + i * depth);
-        return room;
-    }
-    int64_t stride(int64_t) const { return depth; }
-};
-
-// A row of x, widened, against a bf16 row of the weight. The order of dot().
-inline float narrow_dot(const float* a, const bf16* b, int64_t inputs) {
-    F16 sums = zero(), even, odd;
-    int64_t k = 0;
-    for (; k + 32 <= inputs; k += 32) {
-        __builtin_prefetch(b + k + 2 * DOT_AHEAD);
-        load_pairs(b + k, even, odd);
-        sums = fma(load(a + k), even, sums);
-        sums = fma(load(a + k + LANES), odd, sums);
-    }
-    if (k < inputs) {
-        bf16 rest[32] = {};
-        std::memcpy(rest, b + k, size_t(inputs - k) * 2);
-        load_pairs(rest, even, odd);
-        sums = fma(load(a + k), even, sums);
-        sums = fma(load(a + k + LANES), odd, sums);
-    }
-    return sum(sums);
-}
-
-inline void linear(const LinearArgs<bf16>& args, int64_t threads) {
-    if (args.rows >= PANEL_MIN_ROWS) return linear_panels(args, PairRows(args.inputs), threads);
-    const int64_t inputs = args.inputs, length = pairs_length(inputs);
-    // Widened once by the caller, then read by all threads.
-    static thread_local Scratch shared;
-    shared.reserve(scratch_bytes(args.rows * length * 4));
-    float* x = shared.take<float>(args.rows * length);
-    for (int64_t r = 0; r < args.rows; ++r)
-        widen_pairs(args.x + r * args.x_stride, inputs, x + r * length);
-    linear_few(args, threads, [&](int64_t first, int64_t count, float* sums, int64_t ld) {
-        const bf16* weight = args.weight + first * inputs;
-        if (args.rows > 1) {
-            stream_dot(x, length, args.rows, weight, inputs, count, inputs, sums, ld);
-        } else {
-            for (int64_t j = 0; j < count; ++j)
-                sums[j] = narrow_dot(x, weight + j * inputs, inputs);
-        }
-    });
-}
+inline void linear(const LinearArgs<bf16>& args, int64_t threads) { linear_pairs(args, threads); }
 
 #endif
+
+inline void linear(const LinearArgs<float, bf16>& args, int64_t threads) {
+    linear_pairs(args, threads);
+}
 
 }  // namespace sf

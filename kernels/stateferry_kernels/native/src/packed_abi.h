@@ -11,7 +11,7 @@ struct sf_linear_args {
     const void* bias;  // or null
     int64_t inputs, outputs;
     void* out;
-    int64_t dtype;
+    int64_t dtype, weight_dtype;  // of x, bias and out; of the weight: the same, or bfloat16
 };
 
 struct sf_norm_args {

@@ -46,7 +46,7 @@ def load_bamba(
         return table.whole(f"model.{name}.weight", (d_model,))
 
     blocks: list[Block] = []
-    embedding = table.whole("model.embed_tokens.weight", (config.vocab_size, d_model))
+    embedding = table.embedding("model.embed_tokens.weight", (config.vocab_size, d_model))
     for number in range(config.num_layers):
         feed_forward = f"model.layers.{number}.feed_forward"
         mlp = gated_mlp(table, feed_forward, d_model, config.intermediate, config.mlp_bias)
@@ -61,6 +61,7 @@ def load_bamba(
         config=config,
         kernels=kernels,
         vocab_size=config.vocab_size,
+        dtype=table.dtype,
         chunk_size=config.chunk_size,
         state_geometry=config.mixer.state_geometry(len(mixers)),
         kv_geometry=config.attention.kv_geometry(len(attentions)) if attentions else NO_KV,

@@ -34,7 +34,7 @@ def load_falcon_h1(
     rotary = RotaryTable(config.rotary)
     mixers: list[ParallelMixer] = []
     blocks: list[Block] = []
-    embedding = table.whole("model.embed_tokens.weight", (config.vocab_size, d_model))
+    embedding = table.embedding("model.embed_tokens.weight", (config.vocab_size, d_model))
     for number in range(config.num_layers):
         prefix = f"model.layers.{number}"
         norm = _mixer_norm(table, f"{prefix}.mamba", config, kernels)
@@ -61,6 +61,7 @@ def load_falcon_h1(
         config=config,
         kernels=kernels,
         vocab_size=config.vocab_size,
+        dtype=table.dtype,
         chunk_size=config.chunk_size,
         state_geometry=config.mixer.state_geometry(config.num_layers),
         kv_geometry=config.attention.kv_geometry(config.num_layers),

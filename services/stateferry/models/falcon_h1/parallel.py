@@ -74,12 +74,12 @@ def parallel_mixer(
         mamba=mamba,
         attention=attention,
         widths=[mixer.d_inner, mixer.conv_dim, mixer.nheads, heads.projected],
-        in_proj=table.tensor(
+        in_proj=table.projection(
             (projected, config.d_model),
             [mamba_in("weight", by.ssm_in), *attention_in("weight", by.attention_in)],
         ),
         in_bias=table.tensor((projected,), in_biases) if in_biases else None,
-        out_proj=table.tensor(
+        out_proj=table.projection(
             (config.d_model, outputs),
             [
                 Part(f"{ssm}.out_proj.weight", (slice(None), slice(mixer.d_inner)), by.ssm_out),

@@ -57,7 +57,7 @@ def load_granite_hybrid(
         return table.whole(f"{name}.weight", (d_model,))
 
     blocks: list[Block] = []
-    embedding = table.whole("model.embed_tokens.weight", (config.vocab_size, d_model))
+    embedding = table.embedding("model.embed_tokens.weight", (config.vocab_size, d_model))
     for number, is_mamba in enumerate(config.mamba_layers):
         prefix = f"model.layers.{number}"
         blocks += [
@@ -72,6 +72,7 @@ def load_granite_hybrid(
         config=config,
         kernels=kernels,
         vocab_size=config.vocab_size,
+        dtype=table.dtype,
         chunk_size=config.chunk_size,
         state_geometry=config.mixer.state_geometry(len(mixers)),
         kv_geometry=config.attention.kv_geometry(len(attentions)) if attentions else NO_KV,

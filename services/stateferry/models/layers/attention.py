@@ -77,11 +77,11 @@ def attention(
     """Declare a layer whose weights have the usual names under ``prefix``."""
     return Attention(
         core=AttentionCore(sizes, index, rotary),
-        qkv_proj=table.tensor((sizes.projected, d_model), qkv_parts(prefix, "weight", sizes)),
+        qkv_proj=table.projection((sizes.projected, d_model), qkv_parts(prefix, "weight", sizes)),
         qkv_bias=table.tensor((sizes.projected,), qkv_parts(prefix, "bias", sizes))
         if sizes.bias
         else None,
-        o_proj=table.whole(f"{prefix}.o_proj.weight", (d_model, sizes.q_dim)),
+        o_proj=table.projection((d_model, sizes.q_dim), [Part(f"{prefix}.o_proj.weight")]),
         o_bias=table.whole(f"{prefix}.o_proj.bias", (d_model,)) if sizes.bias else None,
     )
 

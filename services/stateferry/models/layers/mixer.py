@@ -128,11 +128,11 @@ def mamba2_mixer(
     return Mamba2Mixer(
         core=mixer_core(table, prefix, index, sizes, norm),
         widths=[sizes.d_inner, sizes.conv_dim, sizes.nheads],
-        in_proj=table.whole(f"{prefix}.in_proj.weight", (sizes.projected, d_model)),
+        in_proj=table.projection((sizes.projected, d_model), [Part(f"{prefix}.in_proj.weight")]),
         in_bias=table.whole(f"{prefix}.in_proj.bias", (sizes.projected,))
         if sizes.in_bias
         else None,
-        out_proj=table.whole(f"{prefix}.out_proj.weight", (d_model, sizes.d_inner)),
+        out_proj=table.projection((d_model, sizes.d_inner), [Part(f"{prefix}.out_proj.weight")]),
         out_bias=table.whole(f"{prefix}.out_proj.bias", (d_model,)) if sizes.out_bias else None,
     )
 

@@ -49,9 +49,9 @@ def relu2_mlp(
 ) -> Relu2Mlp:
     """Declare up_proj and down_proj under ``prefix``."""
     return Relu2Mlp(
-        up_proj=table.whole(f"{prefix}.up_proj.weight", (intermediate, d_model)),
+        up_proj=table.projection((intermediate, d_model), [Part(f"{prefix}.up_proj.weight")]),
         up_bias=table.whole(f"{prefix}.up_proj.bias", (intermediate,)) if bias else None,
-        down_proj=table.whole(f"{prefix}.down_proj.weight", (d_model, intermediate)),
+        down_proj=table.projection((d_model, intermediate), [Part(f"{prefix}.down_proj.weight")]),
         down_bias=table.whole(f"{prefix}.down_proj.bias", (d_model,)) if bias else None,
     )
 
@@ -80,8 +80,8 @@ def gated_mlp(
 
     return GatedMlp(
         halves=[intermediate, intermediate],
-        gate_up_proj=table.tensor((both, d_model), gate_up("weight")),
+        gate_up_proj=table.projection((both, d_model), gate_up("weight")),
         gate_up_bias=table.tensor((both,), gate_up("bias")) if bias else None,
-        down_proj=table.tensor((d_model, intermediate), down("weight")),
+        down_proj=table.projection((d_model, intermediate), down("weight")),
         down_bias=table.tensor((d_model,), down("bias")) if bias else None,
     )

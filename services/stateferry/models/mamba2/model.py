@@ -37,7 +37,7 @@ def load_mamba2(
             mamba2_mixer(table, mixer, number, d_model, config.mixer, norm),
         )
 
-    embedding = table.whole("backbone.embeddings.weight", (config.vocab_size, d_model))
+    embedding = table.embedding("backbone.embeddings.weight", (config.vocab_size, d_model))
     layers = [layer(number) for number in range(config.num_layers)]
     final_norm = table.whole("backbone.norm_f.weight", (d_model,))
     head = table.head("lm_head.weight", embedding, config.tie_embeddings)
@@ -46,6 +46,7 @@ def load_mamba2(
         config=config,
         kernels=kernels,
         vocab_size=config.vocab_size,
+        dtype=table.dtype,
         chunk_size=config.chunk_size,
         state_geometry=config.mixer.state_geometry(config.num_layers),
         kv_geometry=NO_KV,

@@ -52,7 +52,7 @@ def load_nemotron_h(
         assert config.moe is not None
         return nemotron_moe(table, prefix, d_model, config.moe)
 
-    embedding = table.whole("backbone.embeddings.weight", (config.vocab_size, d_model))
+    embedding = table.embedding("backbone.embeddings.weight", (config.vocab_size, d_model))
     blocks = [
         Block(
             table.whole(f"backbone.layers.{number}.norm.weight", (d_model,), dtype=_FP32),
@@ -68,6 +68,7 @@ def load_nemotron_h(
         config=config,
         kernels=kernels,
         vocab_size=config.vocab_size,
+        dtype=table.dtype,
         chunk_size=config.chunk_size,
         state_geometry=config.mixer.state_geometry(len(mixers)),
         kv_geometry=config.attention.kv_geometry(attentions) if attentions else NO_KV,
