@@ -74,7 +74,10 @@ class ModelSection:
         "Empty: the bundled model.",
     )
     name: str = _setting("", "Name that clients see. Empty: the directory's name.")
-    dtype: str = _setting("float32", "Activations and arithmetic: float32 or bfloat16. Weights have the same numbers in memory.")
+    dtype: str = _setting(
+        "float32",
+        "Activations and arithmetic: float32 or bfloat16. Weights have the same numbers in memory.",
+    )
     grid_tokens: int = _setting(
         64, "Tokens per grid interval of the kernels. 0: the model's own chunk_size.", least=0
     )
