@@ -17,6 +17,8 @@ async def ask(
         top_p=sampling.top_p,
         seed=sampling.seed,
         logprobs=0,
+        # Without stop ids in the request, the model's own are not wanted either.
+        ignore_eos=not request.stop.stop_token_ids,
         request_id=request.request_id,
         timeout_s=60,
     )

@@ -17,7 +17,8 @@ from golden.cases import Prompts, all_cases
 from golden.cluster import through_a_cluster
 from golden.compare import Engine, PathNotTaken, Tally
 from stateferry.bundled import bundled_model_dir
-from support.hf_models import BASES, build
+from support.hf_models import BASES
+from support.tiny_hybrid import write_tiny_hybrid
 
 BUNDLED = "hybrid_english"
 DTYPES = ("float32", "bfloat16")
@@ -81,8 +82,7 @@ def _model(name: str, folder: Path, seed: int) -> tuple[Path, int]:
     if Path(name).is_dir():
         return Path(name), 64
     model_dir = folder / name
-    build(model_dir, name, seed=seed)
-    return model_dir, RANDOM_GRID
+    return write_tiny_hybrid(model_dir, name, seed), RANDOM_GRID
 
 
 def _saved(path: Path) -> Tally | None:
