@@ -8,6 +8,7 @@ import pytest
 
 from stateferry.cache.lease import SequenceLease
 from stateferry.cache.reuse import Reuse
+from stateferry.cache.slots import CACHE_OWNER
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
@@ -101,7 +102,7 @@ def test_a_scored_prompt_is_computed_whole(kv: KvGeometry) -> None:
     cache = cache_of(kv)
     run(cache, prompt("a", 3 * GRID))
     assert cache.resume(replace(prompt("b", 3 * GRID), scores=object()), 3 * GRID) == 0
-    assert cache.resumed("b").tokens == 0
+    assert cache.resumed_tokens("b") == 0
 
 
 @KINDS
@@ -155,6 +156,18 @@ def test_a_published_state_is_read_on_and_written_no_more(kv: KvGeometry) -> Non
     assert cache.prefixes.counters.states_inserted == 3
     cache.release("a")
     cache.check_conserved()
+
+
+def test_a_shared_tail_can_be_evicted_while_its_sequence_goes_on() -> None:
+    """It is a copy: the sequence does not read it, and must not keep it."""
+    cache = cache_of()
+    before = cache.prefixes.obtainable_tails
+    request = prompt("a", 2 * GRID + 5)
+    assert cache.resume(request, 5 * GRID) == 0
+    compute(cache, request)
+    cache.publish("a")
+    assert {"a", CACHE_OWNER} == set(cache.prefixes.pools.tail_pages.owners().values())
+    assert cache.prefixes.obtainable_tails == before - 1
 
 
 @KINDS

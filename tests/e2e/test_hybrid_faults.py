@@ -22,6 +22,8 @@ from support.tiny_hybrid import write_tiny_hybrid
 
 # Long enough for the router to give a silent worker up.
 STILL_S = 4.0
+# Long enough for more than one request to be sent to it.
+GATHER_S = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,10 @@ async def test_a_worker_fails_under_load(hybrid: Path, name: str, number: signal
                 for place, request in enumerate(requests):
                     group.create_task(check(client, request, place / 50))
                 await asyncio.sleep(0.4)
-                cluster.kill(name, number)
-                if number is signal.SIGSTOP:
-                    await asyncio.sleep(STILL_S)
-                    cluster.kill(name, signal.SIGCONT)
+                # It stands still before it dies, so that requests are surely there when it does.
+                cluster.kill(name, signal.SIGSTOP)
+                await asyncio.sleep(STILL_S if number is signal.SIGSTOP else GATHER_S)
+                cluster.kill(name, signal.SIGCONT if number is signal.SIGSTOP else number)
             assert set(codes) <= {grpc.StatusCode.UNAVAILABLE} and len(codes) < len(requests)
             assert codes or number is signal.SIGSTOP, "nobody was there when it died"
             await wait_until_idle(client, within_s=20)

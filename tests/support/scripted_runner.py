@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
 from support.small_cache import GRID
@@ -18,22 +19,26 @@ class ScriptedRunner:
         self.before: Callable[[], None] = lambda: None
         self.broken_indices: set[int] = set()
         self.steps = 0
+        # Made so far, in order: a step that fails before it is computed makes none.
+        self.copies: list[PageCopy] = []
 
     def extend(self, batch: ExtendBatch) -> list[SampledToken | None]:
-        self._step()
+        self._step(batch)
         for row in batch.rows:
             row.lease.advance(len(row.token_ids), GRID)
+            row.lease.final = object()
         return [self._token(row.sample.index) for row in batch.rows if row.sample is not None]
 
     def decode(self, batch: DecodeBatch) -> list[SampledToken | None]:
-        self._step()
+        self._step(batch)
         for row in batch.rows:
             row.lease.advance(1, GRID)
         return [self._token(row.sample.index) for row in batch.rows]
 
-    def _step(self) -> None:
+    def _step(self, batch: ExtendBatch | DecodeBatch) -> None:
         self.steps += 1
         self.before()
+        self.copies += batch.copies
 
     def _token(self, index: int) -> SampledToken | None:
         return None if index in self.broken_indices else SampledToken(7)

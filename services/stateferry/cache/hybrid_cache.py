@@ -193,19 +193,23 @@ class HybridCache:
         """What a sequence must copy before it goes on from ``match``, because it will write where
         the tail ends: into its own ``tail_page`` and, with attention, its own first KV pages after
         the shared ones. Nothing at a grid point."""
-        rows = match.tail_rows
-        if not rows or match.tail_page is None:
+        if not match.tail_rows or match.tail_page is None:
             return ()
-        made = [PageCopy("tail", match.tail_page, tail_page, rows)]
+        last = match.kv_pages[self.shared_kv_pages(match) :]
+        return self.end_copies(match.tail_rows, match.tail_page, tail_page, last, kv_pages)
+
+    def end_copies(
+        self, rows: int, tail_page: int, to_tail_page: int, kv_pages: Pages, to_kv_pages: Pages
+    ) -> tuple[PageCopy, ...]:
+        """Of the first ``rows`` of a tail, and of their keys and values in ``kv_pages``; of
+        ``to_kv_pages`` as many as it takes."""
+        made = [PageCopy("tail", tail_page, to_tail_page, rows)]
+        for number, (source, target) in enumerate(zip(kv_pages, to_kv_pages, strict=False)):
+            assert self._page_tokens is not None
+            left = rows - number * self._page_tokens
+            made.append(PageCopy("kv", source, target, min(left, self._page_tokens)))
         self.counters.tail_copies += 1
-        if self._page_tokens:
-            shared = self.shared_kv_pages(match)
-            for number, (source, target) in enumerate(
-                zip(match.kv_pages[shared:], kv_pages, strict=False)
-            ):
-                left = rows - number * self._page_tokens
-                made.append(PageCopy("kv", source, target, min(left, self._page_tokens)))
-                self.counters.kv_copies += 1
+        self.counters.kv_copies += len(made) - 1
         return tuple(made)
 
     def shared_kv_pages(self, match: Match) -> int:

@@ -116,11 +116,12 @@ class ColocatedEngine:
         step = self._prefill.schedule()
         if step is None:
             return []
-        tokens = self._runner.extend(extend_batch(step, self._requests, self._cache))
+        copies = self._cache.take_copies()
+        tokens = self._runner.extend(extend_batch(step, self._requests, self._cache, copies))
         failures = []
         for request_id, token in zip(self._prefill.complete(step), tokens, strict=True):
             if token is None:
-                self._prefill.spoil(request_id)
+                self._cache.spoil(request_id)
                 failures.append(self._drop(request_id))
             else:
                 self._begin(request_id, token)
@@ -146,7 +147,8 @@ class ColocatedEngine:
         step = self._decode.schedule()
         if step is None:
             return []
-        sampled = self._runner.decode(decode_batch(step, self._running, self._cache))
+        copies = self._cache.take_copies()
+        sampled = self._runner.decode(decode_batch(step, self._running, self._cache, copies))
         tokens = {row.request_id: t for row, t in zip(step.rows, sampled, strict=True)}
         ids = [None if token is None else token.token_id for token in sampled]
         for request_id, token in tokens.items():

@@ -107,13 +107,15 @@ class DecodeLoop:
 
     async def _run_step(self, step: DecodeStep) -> None:
         requests = {row.request_id: self._streams[row.request_id].request for row in step.rows}
+        copies = self._cache.take_copies()
         tokens: list[SampledToken | None]
         failure: InvariantViolation | None = None
         try:
-            batch = decode_batch(step, requests, self._cache)
+            batch = decode_batch(step, requests, self._cache, copies)
             tokens = await run_to_end(self._executor, self._runner.decode, batch)
         except Exception:
             log.exception("a decode step failed")
+            self._cache.return_copies(copies)
             failure = InvariantViolation("a decode step failed")
             tokens = [None] * len(step.rows)
         sampled = {row.request_id: token for row, token in zip(step.rows, tokens, strict=True)}

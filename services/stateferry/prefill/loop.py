@@ -7,7 +7,7 @@ import logging
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from stateferry.cache.state_cache import Resumed, StateCache
+from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import GenerationRequest
@@ -27,7 +27,7 @@ class ComputedPrompt:
     """A prompt whose state is complete; its lease is held until ``abort``."""
 
     token: SampledToken
-    resumed: Resumed
+    resumed_tokens: int
     queue_s: float
     prefill_s: float
 
@@ -97,17 +97,23 @@ class PrefillLoop:
 
     async def _run_step(self, step: ExtendStep) -> None:
         requests = {p.request_id: self._pending[p.request_id].request for p in step.slices}
+        copies = self._cache.take_copies()
         try:
-            batch = extend_batch(step, requests, self._cache)
+            batch = extend_batch(step, requests, self._cache, copies)
             tokens = await run_to_end(self._executor, self._runner.extend, batch)
         except Exception as error:
             log.exception("an extend step failed")
+            self._cache.return_copies(copies)
             self._scheduler.fail(step)
             for part in step.slices:
                 self._fail(part.request_id, error)
                 self._pending.pop(part.request_id)
             return
         sampled = [part.request_id for part in step.slices if part.is_last]
+        for request_id, token in zip(sampled, tokens, strict=True):
+            if token is None:
+                # Before it is released, which may be now if it was aborted meanwhile.
+                self._cache.spoil(request_id)
         finished = set(self._scheduler.complete(step))
         for request_id, token in zip(sampled, tokens, strict=True):
             if request_id in finished:
@@ -119,14 +125,13 @@ class PrefillLoop:
     def _finish(self, request_id: str, token: SampledToken | None) -> None:
         pending = self._pending[request_id]
         if token is None:
-            self._scheduler.spoil(request_id)
             self._fail(request_id, why_no_token(pending.request.rules))
             return
         if pending.started_s is None:
             raise InvariantViolation(f"{request_id} finished without having started")
         computed = ComputedPrompt(
             token=token,
-            resumed=self._cache.resumed(request_id),
+            resumed_tokens=self._cache.resumed_tokens(request_id),
             queue_s=pending.started_s - pending.arrived_s,
             prefill_s=self._clock.monotonic_s() - pending.started_s,
         )

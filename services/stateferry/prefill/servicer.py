@@ -139,7 +139,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 token=codec.token_to_pb(computed.token),
                 queue_s=computed.queue_s,
                 prefill_s=computed.prefill_s,
-                prefix_tokens=max(computed.resumed.tokens, computed.resumed.kv_tokens),
-                resumed_tokens=computed.resumed.tokens,
+                prefix_tokens=computed.resumed_tokens,
+                resumed_tokens=computed.resumed_tokens,
             )
         )

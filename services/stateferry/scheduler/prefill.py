@@ -131,10 +131,6 @@ class PrefillScheduler:
             self._memory.spoil(part.request_id)
             self._memory.release(part.request_id)
 
-    def spoil(self, request_id: str) -> None:
-        """The state of a computed request is not to be trusted. It is still to be released."""
-        self._memory.spoil(request_id)
-
     def release(self, request_id: str) -> None:
         """The computed state of a request is needed no longer."""
         self._computed.remove(request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.engine.forward_batch import (
@@ -20,7 +21,10 @@ from stateferry.scheduler.prefill import ExtendStep
 
 
 def extend_batch(
-    step: ExtendStep, requests: Mapping[str, GenerationRequest], cache: StateCache
+    step: ExtendStep,
+    requests: Mapping[str, GenerationRequest],
+    cache: StateCache,
+    copies: tuple[PageCopy, ...],
 ) -> ExtendBatch:
     """Prompt slices; a prompt's last slice samples the token after it."""
     rows = []
@@ -34,7 +38,7 @@ def extend_batch(
                 scores=as_scores(request.scores),
             )
         )
-    return ExtendBatch(tuple(rows), cache.take_copies())
+    return ExtendBatch(tuple(rows), copies)
 
 
 def _next_token(request: GenerationRequest) -> SampleSpec:
@@ -42,7 +46,10 @@ def _next_token(request: GenerationRequest) -> SampleSpec:
 
 
 def decode_batch(
-    step: DecodeStep, running: Mapping[str, Continuation], cache: StateCache
+    step: DecodeStep,
+    running: Mapping[str, Continuation],
+    cache: StateCache,
+    copies: tuple[PageCopy, ...],
 ) -> DecodeBatch:
     """One row per active sequence."""
     return DecodeBatch(
@@ -54,7 +61,7 @@ def decode_batch(
             )
             for row in step.rows
         ),
-        cache.take_copies(),
+        copies,
     )
 
 

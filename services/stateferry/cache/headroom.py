@@ -1,0 +1,33 @@
+"""How much memory nobody could be kept waiting for."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from stateferry.cache.hybrid_cache import HybridCache
+from stateferry.cache.sizing import SLOTS_PER_SEQUENCE, TAIL_PAGES_PER_SEQUENCE
+
+
+class Headroom:
+    """Of a cache that shares its pools with at most ``sequences``, of which those in ``held`` have
+    theirs. What a snapshot costs is taken from it: it never keeps a sequence waiting."""
+
+    def __init__(self, prefixes: HybridCache, sequences: int, held: Sized) -> None:
+        self._prefixes = prefixes
+        self._sequences = sequences
+        self._held = held
+
+    @property
+    def seats(self) -> int:
+        """Sequences that may still come."""
+        return self._sequences - len(self._held)
+
+    @property
+    def slots(self) -> int:
+        """State slots beyond those that they will take."""
+        return max(self._prefixes.obtainable_slots - SLOTS_PER_SEQUENCE * self.seats, 0)
+
+    @property
+    def tails(self) -> int:
+        """Likewise tail pages."""
+        return max(self._prefixes.obtainable_tails - TAIL_PAGES_PER_SEQUENCE * self.seats, 0)

@@ -1,0 +1,38 @@
+"""What one request has of the pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stateferry.cache.handles import TailHandle
+from stateferry.cache.hybrid_cache import Hold
+from stateferry.cache.insertion import Inserted
+from stateferry.cache.lease import SequenceLease
+
+
+@dataclass(slots=True)
+class Held:
+    """``slots``, ``tails`` and ``pages`` are the request's own; the rest of what its lease names is
+    the cache's, kept by ``hold``."""
+
+    request_id: str
+    lease: SequenceLease
+    slots: set[int]
+    tails: set[int]
+    pages: set[int]
+    hold: Hold
+    namespace: bytes = b""
+    resumed_tokens: int = 0
+    is_spoilt: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what it computed may go to the cache."""
+        return self.lease.tokens is not None and not self.is_spoilt
+
+    def settle(self, tail: TailHandle | None, result: Inserted) -> None:
+        """What the cache took over is its own no more."""
+        self.slots.difference_update(result.taken_slots)
+        self.pages.difference_update(result.taken_kv_pages)
+        if result.taken_tail and tail is not None:
+            self.tails.discard(tail.page)
