@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ from stateferry_kernels.attention import torch_ops as attention_torch
 from stateferry_kernels.conv1d import cpu_ops as conv1d_cpu
 from stateferry_kernels.conv1d import torch_ops as conv1d_torch
 from stateferry_kernels.linear import cpu_ops as linear_cpu
+from stateferry_kernels.linear import fast_ops as linear_fast
 from stateferry_kernels.linear import torch_ops as linear_torch
 from stateferry_kernels.native.library import NativeUnavailable, native
 from stateferry_kernels.native.tape import Recorder
@@ -59,6 +61,17 @@ def select_kernels(backend: str | None = None, device: torch.device | str = "cpu
     except BackendUnavailable as error:
         log.warning("kernels: serving on torch operations, several times slower, because %s", error)
         return _torch()
+
+
+def without_row_independence(kernels: Kernels) -> Kernels:
+    """The cpu backend's operations with others in the place of some: whatever is fastest, where a
+    row's bits may depend on how many rows share the call. Their ``numerics`` has another name.
+
+    Raises ValueError for another backend.
+    """
+    if kernels.name != "cpu":
+        raise ValueError(f"the {kernels.name} backend has no other operations to choose from")
+    return replace(kernels, numerics=f"{kernels.numerics}+fast", linear=linear_fast.linear)
 
 
 def _torch() -> Kernels:

@@ -61,6 +61,8 @@ class GenerateOptions:
     grammar: str | None = None
     model: str = ""
     tenant: str = ""
+    cache_salt: str = ""
+    snapshot_hints: Sequence[int] = ()
     request_id: str = ""
     timeout_s: float | None = None
 
@@ -212,6 +214,8 @@ def _request(
         echo=options.echo,
         prompt_logprobs=options.prompt_logprobs,
         skip_special_tokens=options.skip_special_tokens,
+        cache_salt=options.cache_salt,
+        snapshot_hints=options.snapshot_hints,
         guide=_guide(options),
     )
     if isinstance(prompt, str):

@@ -78,6 +78,11 @@ class ModelSection:
         "float32",
         "Activations and arithmetic: float32 or bfloat16. Weights have the same numbers in memory.",
     )
+    numerics: str = _setting(
+        "exact",
+        "exact: a token's bits do not depend on how it was computed. fast: on a CPU, prefill's "
+        "projections by torch, which does not promise that; workers of both refuse each other.",
+    )
     grid_tokens: int = _setting(
         64, "Tokens per grid interval of the kernels. 0: the model's own chunk_size.", least=0
     )
@@ -135,6 +140,13 @@ class WorkerSection:
     )
     max_queue: int = _setting(256, "Requests waiting for a place; more are refused.", least=1)
     extend_budget_tokens: int = _setting(2048, "Prompt tokens per prefill step.", least=1)
+    local_prefill_tokens: int = _setting(
+        256,
+        "A decode worker runs a prompt itself where it has at least half of it cached and lacks no "
+        "more than so many tokens, of all prompts that it is running. 0: only one that it lacks "
+        "nothing of.",
+        least=0,
+    )
     device: str = _setting(
         "auto",
         "Where weights and state live: cpu, cuda, or auto, which takes a GPU if Triton runs on it.",
@@ -149,6 +161,12 @@ class WorkerSection:
         "auto captures decode steps as CUDA graphs where they run on a GPU, off never does.",
     )
     threads: int = _setting(1, "CPU threads of one tensor operation.", least=1, most=_MAX_THREADS)
+    overlap: str = _setting(
+        "auto",
+        "Whether a step is planned while the one before it runs: on, off, or auto, which is on for "
+        "a GPU; on a CPU the step needs the processor that would plan. A sequence that ends at a "
+        "stop id then takes one step too many, whose result nobody gets.",
+    )
     step_nice: int = _setting(
         AUTO_NICE,
         "How far the threads that compute steps stand back for other processes: added to their "
@@ -171,25 +189,33 @@ class CacheSection:
         least=AUTO_BYTES,
     )
     tokens_per_state: int = _setting(
-        512,
+        384,
         "Tokens whose keys and values are to fit beside each cached state; models without "
-        "attention do not care.",
+        "attention do not care. More where prompts are long and have little in common.",
         least=1,
     )
     eviction: str = _setting(
-        "value", "What goes first: value (recency and the compute that a byte saves) or lru."
+        "value",
+        "What goes first: value (recency, the compute that a byte saves, and how often snapshots "
+        "of its kind are used again, which is learned) or lru.",
     )
     snapshot_interval_tokens: int = _setting(
         0,
-        "Distance of the states kept inside a prompt, a multiple of the grid. 0: four grid "
+        "Distance of the states kept inside a prompt, a multiple of the grid. 0: 16 grid "
         "intervals; -1: none but the end and where prompts part.",
         least=-1,
     )
     max_snapshots_per_prompt: int = _setting(
-        16, "More of them are spread further apart. 0: none.", least=0
+        16, "More of them are spread further apart. 0: none but the end.", least=0
     )
     max_states_per_path: int = _setting(
         0, "Most states from the beginning of a prompt to its end. 0: no limit.", least=0
+    )
+    host_bytes: int = _setting(
+        0,
+        "Memory of the host for what is evicted from the cache: it comes back by a copy. Worth it "
+        "where the cache is on a GPU; on a CPU the same bytes do more in memory_bytes. 0: none.",
+        least=0,
     )
     state_strategy: str = _setting(
         "extra_buffer",

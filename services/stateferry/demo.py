@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -129,7 +129,10 @@ async def _talk(
     async with Client(cluster.router_address) as client:
         for number, prompt in enumerate(prompts, start=1):
             console.rule(f"prompt {number} of {len(prompts)}", align="left")
-            outcomes.append(await _one_prompt(console, client, cluster.router_address, prompt))
+            # Prompts that begin alike share nothing here: each is to be handed off.
+            options = replace(OPTIONS, cache_salt=str(number))
+            address = cluster.router_address
+            outcomes.append(await _one_prompt(console, client, address, prompt, options))
         console.rule("processes", align="left")
         # One more heartbeat of each, or they would still report the last request.
         await asyncio.sleep(1.5 * config.router.heartbeat_interval_s)
@@ -137,13 +140,15 @@ async def _talk(
     return outcomes
 
 
-async def _one_prompt(console: Console, client: Client, address: str, prompt: str) -> Outcome:
+async def _one_prompt(
+    console: Console, client: Client, address: str, prompt: str, options: GenerateOptions
+) -> Outcome:
     console.print(Text(prompt, style="bold"), end="")
     began_s = time.monotonic()
     ttft_s = 0.0
     completion = None
     try:
-        async with contextlib.aclosing(client.generate(prompt, OPTIONS)) as events:
+        async with contextlib.aclosing(client.generate(prompt, options)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     ttft_s = ttft_s or time.monotonic() - began_s

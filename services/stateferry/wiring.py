@@ -100,10 +100,8 @@ def _worker(role: Role, config: Config) -> ProcessMain:
     cluster_key = ClusterKey(config.cluster.key.encode())
     model_dir = model_directory(config.model)
 
-    # A prefill worker takes no decode step that a graph could be for; a decode worker does not know
-    # the prompts that it could keep something of.
+    # A prefill worker takes no decode step that a graph could be for.
     graphs = config.worker.decode_graphs if role is Role.DECODE else "off"
-    cached = replace(config.cache, enabled=config.cache.enabled and role is Role.PREFILL)
 
     async def main(announce: Announce, stop: asyncio.Event) -> None:
         parts = await asyncio.to_thread(
@@ -111,7 +109,7 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             model_dir,
             config.model,
             replace(config.worker, decode_graphs=graphs),
-            cached,
+            config.cache,
             _log_progress(model_dir),
         )
         check_handoff_fits(parts.cache.pools, parts.limits, config.transfer)

@@ -349,6 +349,49 @@ def test_refused_after_tokenising(
     assert caught.value.field == field
 
 
+def test_salt_and_hints_arrive() -> None:
+    message = good()
+    message.tenant, message.cache_salt = "t1", "é" * 128
+    message.snapshot_hints.extend([5, 1, 5])
+    request = codec.complete_request(parse(message), (1,) * 5, LIMITS)
+    assert request.cache_salt == "t1/" + "é" * 128
+    assert request.snapshot_hints == (5, 1, 5)
+    plain = codec.complete_request(parse(good()), (1,) * 5, LIMITS)
+    assert plain.snapshot_hints == ()
+
+
+def test_no_tenant_shares_with_another_whatever_its_salt() -> None:
+    salts = set()
+    pairs = [("", ""), ("", "a"), ("a", ""), ("a", "a"), ("", "a/"), ("a", "/a"), ("", "/a")]
+    for tenant, salt in pairs:
+        message = good()
+        message.tenant, message.cache_salt = tenant, salt
+        salts.add(codec.complete_request(parse(message), (1,), LIMITS).cache_salt)
+    assert len(salts) == len(pairs)
+
+
+def test_a_long_salt_is_refused_by_its_bytes() -> None:
+    message = good()
+    message.cache_salt = "é" * 129
+    assert field_of(message) == "cache_salt"
+
+
+def test_many_hints_are_refused() -> None:
+    message = good()
+    message.snapshot_hints.extend([1] * 64)
+    assert codec.complete_request(parse(message), (1,), LIMITS).snapshot_hints == (1,) * 64
+    message.snapshot_hints.append(1)
+    assert field_of(message) == "snapshot_hints"
+
+
+@pytest.mark.parametrize("hint", [0, 6, 2**32 - 1])
+def test_a_hint_outside_the_prompt_is_named(hint: int) -> None:
+    message = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 5), snapshot_hints=[1, hint])
+    with pytest.raises(InvalidRequest) as caught:
+        codec.complete_request(parse(message), (1,) * 5, LIMITS)
+    assert caught.value.field == "snapshot_hints[1]"
+
+
 def test_the_context_can_be_filled_exactly() -> None:
     message = good()
     message.stop.max_tokens = 96

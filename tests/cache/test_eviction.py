@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from stateferry.cache.entries import Origin
 from stateferry.cache.eviction import EvictionQueue, LruPolicy, ValuePolicy
 from stateferry.prefix.prefix_hash import encode_tokens
 from support.cache_user import SPACE, CacheUser, make_cache
@@ -49,22 +50,43 @@ def test_the_queue_is_in_order() -> None:
 
 def test_lru_looks_at_nothing_but_the_last_use() -> None:
     policy = LruPolicy()
-    policy.evicted(100, 5, 0)
-    assert policy.date(7, 1000, 9) == policy.date(7, 1, 0) == 7
+    policy.evicted(100, 5, 0, Origin.TURN)
+    policy.used(3, Origin.TURN)
+    assert policy.date(7, 1000, 9, Origin.TURN) == policy.date(7, 1, 0, Origin.INTERVAL) == 7
 
 
 def test_value_learns_what_memory_is_worth() -> None:
-    """Before anything had to go it is LRU; then what saves more, or was used more, stays longer."""
-    policy = ValuePolicy()
-    assert policy.date(7, 1000, 0) == 7
+    """Before anything had to go it is LRU; then what saves more stays longer."""
+    policy, origin = ValuePolicy(), Origin.PROMPT
+    assert policy.date(7, 1000, 0, origin) == 7
     for _ in range(200):
-        policy.evicted(age=50, saved_tokens=100, hits=0)
-    assert policy.date(7, 100, 0) == pytest.approx(57, abs=1)
-    assert policy.date(7, 1000, 0) > policy.date(7, 100, 1) > policy.date(7, 100, 0)
-    assert policy.date(7, 100, 1000) == policy.date(7, 100, 8)
-    before = policy.date(7, 100, 0)
-    policy.evicted(age=10**9, saved_tokens=0, hits=0)
-    assert policy.date(7, 100, 0) == before
+        # As many are used as have to go.
+        policy.used(0, origin)
+        policy.evicted(age=50, saved_tokens=100, hits=0, origin=origin)
+    assert policy.date(7, 100, 0, origin) == pytest.approx(57, abs=3)
+    assert policy.date(7, 1000, 0, origin) > policy.date(7, 100, 0, origin) > 7
+    before = policy.date(7, 100, 0, Origin.HINT)
+    policy.evicted(age=10**9, saved_tokens=0, hits=0, origin=origin)
+    assert policy.date(7, 100, 0, Origin.HINT) == before
+
+
+def test_value_learns_which_kinds_are_used_again() -> None:
+    policy = ValuePolicy()
+    for _ in range(200):
+        policy.evicted(50, 100, 0, Origin.INTERVAL)
+        policy.used(0, Origin.BRANCH)
+        # Turns go on once.
+        policy.used(0, Origin.TURN)
+        policy.evicted(50, 100, 1, Origin.TURN)
+    dates = {
+        (origin, hits): policy.date(0, 100, hits, origin)
+        for origin in (Origin.INTERVAL, Origin.BRANCH, Origin.TURN)
+        for hits in (0, 1)
+    }
+    assert dates[Origin.BRANCH, 0] > 10 * dates[Origin.INTERVAL, 0] > 0
+    assert dates[Origin.TURN, 0] > 10 * dates[Origin.TURN, 1] > 0
+    # Nothing is known of these yet.
+    assert dates[Origin.TURN, 1] < dates[Origin.BRANCH, 1] < dates[Origin.BRANCH, 0]
 
 
 def hits(worker: CacheUser, prompts: dict[str, list[int]]) -> set[str]:
@@ -98,8 +120,9 @@ def test_value_keeps_the_long_prompt_and_lru_does_not(page_tokens: int | None) -
         worker = CacheUser(
             make_cache(page_tokens=page_tokens, slots=8, pages=400, eviction=eviction)
         )
-        short = ([n, n + 1, 1, 2, 3, 4] for n in range(100, 200))
-        for _ in range(20):
+        short = ([n, n + 1, 1, 2, 3, 4] for n in range(100, 400))
+        # Until it is learned what memory is worth, and that such prompts seldom come again.
+        for _ in range(160):
             worker.run(next(short), spare=0)
         long = list(range(42))
         worker.run(long, spare=0)

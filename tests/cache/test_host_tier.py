@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from stateferry.cache.host_tier import HostEntry, HostKey, HostStore, Kind
+from stateferry.cache.cache_counters import CacheCounters
+from stateferry.cache.host_tier import HostEntry, HostKey, HostStore
+from stateferry.cache.page_copy import PageCopy
 from stateferry.prefix.prefix_hash import encode_tokens, namespace_of
 from support.cache_user import SPACE, CacheUser, make_cache
 
@@ -14,37 +16,16 @@ KINDS = pytest.mark.parametrize("page_tokens", [None, 4, 2])
 GRID = 4
 
 
-class FakeCopier:
-    """Moves what a CacheUser keeps in each place; everything has one byte per token."""
-
-    def __init__(self) -> None:
-        self.user: CacheUser | None = None
-
-    def save(self, kind: Kind, number: int, rows: int) -> tuple[object, int]:
-        content = self._places(kind)[number]
-        kept = content if kind == "state" else content[:rows]
-        return kept, len(kept)
-
-    def load(self, kind: Kind, number: int, rows: int, blob: object) -> None:
-        self._places(kind)[number] = blob  # type: ignore[assignment]
-
-    def _places(self, kind: Kind) -> dict[int, tuple[int, ...]]:
-        assert self.user is not None
-        memory = self.user.memory
-        return {"state": memory.slots, "tail": memory.tails, "kv": memory.pages}[kind]
-
-
 def user(page_tokens: int | None, budget: int = 1 << 20, **sizes: int) -> CacheUser:
-    copier = FakeCopier()
-    host = HostStore(budget, copier)
-    worker = CacheUser(make_cache(grid=GRID, page_tokens=page_tokens, host=host, **sizes))
-    copier.user = worker
-    return worker
+    due: list[PageCopy] = []
+    cache = make_cache(grid=GRID, page_tokens=page_tokens, copies=due, host_bytes=budget, **sizes)
+    return CacheUser(cache, due)
 
 
 def evict_all(worker: CacheUser) -> None:
     """And poison what is free now."""
     worker.cache.clear()
+    worker.make_copies()
     worker.memory.slots.clear()
     worker.memory.tails.clear()
     worker.memory.pages.clear()
@@ -89,6 +70,20 @@ def test_what_is_still_there_is_not_copied(page_tokens: int | None) -> None:
 
 
 @KINDS
+def test_a_state_on_the_host_is_not_taken_for_one_of_other_tokens(page_tokens: int | None) -> None:
+    """Two prompts of the same length part inside; one is on the host, the other still here, and the
+    first is asked for to its end."""
+    worker = user(page_tokens)
+    base, length = tuple(range(6)), 16
+    ours, theirs = ((*base, *range(n, n + length - 6)) for n in (100, 200))
+    worker.run(ours, final="ours")
+    evict_all(worker)
+    worker.run(theirs, final="theirs")
+    assert worker.cache.restore(SPACE, encode_tokens(ours)) == length
+    assert worker.run(ours).final == "ours" and worker.run(theirs).final == "theirs"
+
+
+@KINDS
 def test_other_tenants_get_nothing(page_tokens: int | None) -> None:
     worker = user(page_tokens)
     worker.run(range(11))
@@ -112,24 +107,65 @@ def test_without_a_place_nothing_comes_back_and_nothing_breaks(page_tokens: int 
     assert worker.cache.restore(SPACE, encode_tokens(range(11))) == 10
 
 
+def entry(size_bytes: int) -> HostEntry:
+    return HostEntry((), size_bytes, 1, {})
+
+
 def test_a_budget_is_kept_by_dropping_what_was_used_least_recently() -> None:
-    store = HostStore(10, FakeCopier())
+    counters = CacheCounters()
+    store = HostStore(10, counters)
     keys = [HostKey("state", bytes([n])) for n in range(4)]
     for key in keys[:3]:
-        store.put(key, HostEntry(("blob",), 3, 1, {}))
+        assert store.put(key, entry(3))
     assert store.get(keys[0]) is not None
-    store.put(keys[3], HostEntry(("blob",), 4, 1, {}))
+    assert store.put(keys[3], entry(4))
     assert [store.has(key) for key in keys] == [True, False, True, True]
-    assert store.used_bytes == 10 and store.num_dropped == 1
-    store.put(keys[1], HostEntry(("blob",), 11, 1, {}))
+    assert store.used_bytes == 10
+    assert not store.put(keys[1], entry(11))
     assert not store.has(keys[1]) and store.used_bytes == 10
+    assert counters.host_moved_out_bytes - counters.host_dropped_bytes == store.used_bytes
 
 
 def test_tails_are_found_by_where_they_begin() -> None:
-    store = HostStore(2, FakeCopier())
+    store = HostStore(2, CacheCounters())
     for tokens in (b"aaaa", b"bbbb", b"cccc"):
-        store.put(HostKey("tail", b"h", tokens), HostEntry((), 1, 1, {}))
+        assert store.put(HostKey("tail", b"h", tokens), entry(1))
     assert sorted(store.tails_at(b"h")) == [b"bbbb", b"cccc"] and not store.tails_at(b"x")
+
+
+@KINDS
+def test_what_moved_out_once_is_not_copied_again(page_tokens: int | None) -> None:
+    worker = user(page_tokens)
+    prompt = tuple(range(11))
+    worker.run(prompt, final="end")
+    evict_all(worker)
+    before = worker.cache.counters.host_moved_out_bytes
+    assert worker.cache.restore(SPACE, encode_tokens(prompt)) == 11
+    worker.make_copies()
+    worker.cache.clear()
+    assert not worker.due
+    assert worker.cache.counters.host_moved_out_bytes == before
+    assert worker.cache.counters.states_moved_out == worker.cache.counters.tails_moved_out == 1
+
+
+@KINDS
+@pytest.mark.parametrize("length", [8, 10])
+def test_what_was_computed_again_gets_back_what_follows_from_it(
+    page_tokens: int | None, length: int
+) -> None:
+    """The prompt's end went to the host with what token comes next; a longer prompt passed it
+    again and left the same place without."""
+    worker = user(page_tokens)
+    longer = tuple(range(11))
+    worker.run(longer[:length], final="next")
+    evict_all(worker)
+    worker.run(longer, interval=GRID)
+    assert worker.cache.match(SPACE, encode_tokens(longer[:length])).position < length
+    places = worker.cache.occupancy()
+    gained = worker.cache.restore(SPACE, encode_tokens(longer[:length]))
+    assert gained and not worker.due and worker.cache.occupancy() == places
+    worker.cache.check_conservation()
+    assert worker.run(longer[:length]).final == "next"
 
 
 @KINDS
@@ -149,6 +185,8 @@ def test_random_prompts_over_little_memory(page_tokens: int | None, seed: int) -
         restored += worker.cache.restore(SPACE, encode_tokens(prompt))
         worker.cache.check_conservation()
         worker.run(prompt, final=("after", prompt), spare=1)
-        host = worker.cache._host
-        assert isinstance(host, HostStore) and host.used_bytes <= 400
-    assert restored and worker.cache.counters.tails_restored
+        host, counters = worker.cache.host, worker.cache.counters
+        assert host is not None and host.used_bytes <= 400
+        assert host.used_bytes == counters.host_moved_out_bytes - counters.host_dropped_bytes
+    assert restored and counters.tails_restored and counters.states_restored
+    assert counters.host_dropped_bytes

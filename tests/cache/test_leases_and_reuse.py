@@ -113,7 +113,8 @@ def test_what_is_spoilt_is_not_kept(kv: KvGeometry) -> None:
     compute(cache, request)
     cache.spoil("a")
     cache.publish("a")
-    cache.track("a")
+    cache.lease("a").advance(1, GRID)
+    cache.consumed("a", 7)
     cache.release("a")
     cache.check_conserved()
     assert run(cache, prompt("b", 3 * GRID)) == 0
@@ -142,7 +143,6 @@ def test_a_published_state_is_read_on_and_written_no_more(kv: KvGeometry) -> Non
     assert lease.state_slot == before and before not in lease.slots
     # It decodes past two grid points, each tracked, and none of its places is a cached one.
     for token in range(2 * GRID):
-        lease.note_token(token)
         [*writes] = lease.writes(1, GRID)
         cached = {
             slot
@@ -151,7 +151,7 @@ def test_a_published_state_is_read_on_and_written_no_more(kv: KvGeometry) -> Non
         }
         assert not {slot for _, slot in writes} & cached
         lease.advance(1, GRID)
-        cache.track("a")
+        cache.consumed("a", token)
         cache.check_conserved()
     assert cache.prefixes.counters.states_inserted == 3
     cache.release("a")
@@ -180,14 +180,46 @@ def test_strategies(kv: KvGeometry, strategy: StateStrategy) -> None:
     lease = compute(cache, request)
     cache.publish("a")
     for token in range(GRID + GRID // 2):
-        lease.note_token(1000 + token)
         lease.advance(1, GRID)
-        cache.track("a")
+        cache.consumed("a", 1000 + token)
     cache.release("a")
     tokens = (*request.prompt_ids, *range(1000, 1000 + GRID + GRID // 2), 7)
     longer = replace(request, request_id="b", prompt_ids=tokens)
     expected = 2 * GRID if strategy is StateStrategy.OFF else len(tokens) - 1
     assert run(cache, longer) == expected
+
+
+@KINDS
+@pytest.mark.parametrize("decoded", [1, GRID - 2, GRID - 1, GRID, GRID + 1, 2 * GRID - 1])
+def test_a_step_too_many_changes_nothing_that_is_kept(kv: KvGeometry, decoded: int) -> None:
+    """Steps overlap: each is planned before the one before it has come back, and the last one of
+    them nobody wanted, whatever grid point it has passed."""
+    kept = []
+    for late in (0, 1):
+        cache = cache_of(kv)
+        request = prompt("a", 2 * GRID)
+        assert cache.resume(request, 5 * GRID) == 0
+        lease = compute(cache, request)
+        cache.publish("a")
+        lease.advance(late, GRID)
+        for token in range(1000, 1000 + decoded):
+            lease.advance(1, GRID)
+            cache.consumed("a", token)
+            cache.check_conserved()
+        assert lease.position == 2 * GRID + decoded + late
+        end = lease.state_slot
+        cache.release("a")
+        cache.check_conserved()
+        tokens = (*request.prompt_ids, *range(1000, 1000 + decoded), 7)
+        assert (
+            cache.resume(replace(request, request_id="b", prompt_ids=tokens), 5 * GRID) is not None
+        )
+        again = cache.lease("b")
+        assert again.position == len(tokens) - 1
+        if (2 * GRID + decoded + late) % GRID == 0 and late:
+            assert again.state_slot != end, "the step too many passed a grid point"
+        kept.append((cache.prefixes.counters.states_inserted, cache.prefixes.occupancy()))
+    assert kept[0] == kept[1]
 
 
 def test_without_room_states_are_skipped_and_counted() -> None:
@@ -239,3 +271,29 @@ def test_long_prompts_get_wider_intervals(
 ) -> None:
     rules = replace(reuse(interval=interval), max_snapshots=most)
     assert rules.interval_for(length) == expected
+
+
+@KINDS
+@pytest.mark.parametrize("length", [GRID + 3, 2 * GRID, 4 * GRID])
+def test_memory_for_one_sequence_is_enough_for_one_that_was_there_before(
+    kv: KvGeometry, length: int
+) -> None:
+    """What it would resume from, and its own, are more than there is: it is computed instead of
+    waiting for ever."""
+    cache = cache_of(kv, sequences=1, cache_bytes=0)
+    for name in ("a", "b", "c"):
+        assert run(cache, prompt(name, length)) in (0, length)
+        cache.check_conserved()
+
+
+@KINDS
+def test_without_snapshots_not_even_a_branch_is_kept(kv: KvGeometry) -> None:
+    cache = cache_of(kv, replace(reuse(), max_snapshots=0))
+    stem = tuple(range(2 * GRID))
+    for number in range(3):
+        request = prompt(f"r{number}", 4 * GRID)
+        own = tuple(range(1000 * number + 500, 1000 * number + 500 + 2 * GRID))
+        cache.resume(replace(request, prompt_ids=(*stem, *own)), 4 * GRID)
+        assert not cache.lease(request.request_id).snapshot_slots
+        compute(cache, request)
+        cache.release(request.request_id)

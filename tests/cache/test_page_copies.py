@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stateferry.cache.host_tier import Kind
-from stateferry.cache.hybrid_cache import PageCopy
-from stateferry.cache.page_copies import TensorCopier, run_copies
+from stateferry.cache.page_copies import run_copies
+from stateferry.cache.page_copy import HostBlob, Kind, PageCopy
 from stateferry.cache.pools import SequencePools
+from stateferry.core.errors import InvariantViolation
 from support.small_cache import GRID, KV, small_cache
 
 ROWS = GRID - 5
@@ -40,15 +40,34 @@ def test_a_copied_page_has_the_filled_places_of_its_source(dtype: torch.dtype) -
     assert kv.page_tensor(2, GRID).isnan().all()
 
 
+def place(pools: SequencePools, kind: Kind, number: int, rows: int) -> list[torch.Tensor]:
+    if kind == "state":
+        return pools.states.slot_tensors(number)
+    if kind == "tail":
+        return pools.states.tail_tensors(number, rows)
+    return [pools.kv.page_tensor(number, rows)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "rows"), [("state", 0), ("tail", ROWS), ("kv", ROWS)])
-def test_what_was_saved_survives_its_place(dtype: torch.dtype, kind: Kind, rows: int) -> None:
+def test_what_moved_out_survives_its_place(dtype: torch.dtype, kind: Kind, rows: int) -> None:
     pools = filled_pools(dtype)
-    copier = TensorCopier(pools)
-    parts = [part.clone() for part in copier._parts(kind, 1, rows)]
-    blob, size_bytes = copier.save(kind, 1, rows)
-    assert size_bytes == sum(part.nbytes for part in parts)
+    before = [part.clone() for part in place(pools, kind, 1, rows)]
+    blob, target = HostBlob(), 2 if kind == "kv" else 1
+    run_copies(pools, [PageCopy(kind, 1, blob, rows)])
     pools.poison()
-    copier.load(kind, 2 if kind == "kv" else 1, rows, blob)
-    back = copier._parts(kind, 2 if kind == "kv" else 1, rows)
-    assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True))
+    run_copies(pools, [PageCopy(kind, blob, target, rows)])
+    after = place(pools, kind, target, rows)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("state", 0), ("tail", ROWS), ("kv", ROWS)])
+def test_host_memory_is_counted_to_the_byte(kind: Kind, rows: int) -> None:
+    cache = small_cache(kv=KV)
+    held = sum(part.nbytes for part in place(cache.pools, kind, 1, rows))
+    assert cache._place_bytes().of(kind, rows) == held
+
+
+def test_what_was_never_moved_out_cannot_come_back() -> None:
+    with pytest.raises(InvariantViolation, match="never copied"):
+        run_copies(filled_pools(torch.float32), [PageCopy("tail", HostBlob(), 0, ROWS)])

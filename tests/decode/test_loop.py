@@ -28,19 +28,33 @@ class Bench:
     loop: DecodeLoop
     runner: ScriptedRunner
     cache: StateCache
+    max_in_flight: int
 
-    async def run(self, name: str, max_tokens: int = 4, rules: object = None) -> list[int]:
+    async def run(
+        self,
+        name: str,
+        max_tokens: int = 4,
+        rules: object = None,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> list[int]:
         """Indices of the tokens of one request, from admission to its end."""
         self.loop.admit(name, 10)
         try:
             await self.loop.reserved(name)
-            stop = StopConditions(max_tokens, 0, frozenset())
+            stop = StopConditions(max_tokens, 0, stop_ids)
             wanted = Continuation(name, SamplingParams(0.0, 0, 1.0, 0, None), stop, (), rules)
-            steps = [step async for step in self.loop.decode(wanted, first_token_id=7)]
-            assert steps[-1].finish_reason is FinishReason.LENGTH
+            steps = [step async for step in self.loop.decode(wanted, first_token_id=5)]
+            ended = FinishReason.STOP if stop_ids else FinishReason.LENGTH
+            assert steps[-1].finish_reason is ended
             return [step.index for step in steps]
         finally:
             self.loop.abort(name)
+
+    async def all_free(self) -> None:
+        """Once the last step is over, which may be one that nobody wanted."""
+        async with asyncio.timeout(5):
+            while self.slots_free != 4:
+                await asyncio.sleep(0.001)
 
     @property
     def slots_free(self) -> int:
@@ -48,12 +62,12 @@ class Bench:
         return self.cache.state_slots.free
 
 
-@pytest_asyncio.fixture
-async def bench() -> AsyncIterator[Bench]:
+@pytest_asyncio.fixture(params=[1, 2], ids=["in turn", "overlap"])
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     cache, runner = small_cache(kv=KV), ScriptedRunner()
     with ThreadPoolExecutor(1) as executor:
         loop = DecodeLoop(
-            DecodeScheduler(cache, max_waiting=3),
+            DecodeScheduler(cache, max_waiting=3, max_in_flight=request.param),
             cache,
             runner,  # type: ignore[arg-type]
             executor,
@@ -61,7 +75,7 @@ async def bench() -> AsyncIterator[Bench]:
             NullMeter(),
         )
         running = asyncio.ensure_future(loop.run())
-        yield Bench(loop, runner, cache)
+        yield Bench(loop, runner, cache, request.param)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
@@ -77,6 +91,46 @@ async def entered(gate: Gate) -> None:
 async def test_streams_every_index_once(bench: Bench) -> None:
     assert await bench.run("a", max_tokens=6) == [1, 2, 3, 4, 5]
     assert bench.slots_free == 4
+
+
+async def test_each_step_consumes_what_the_one_before_sampled(bench: Bench) -> None:
+    await bench.run("a", max_tokens=5)
+    assert bench.runner.consumed == [[5], [7], [7], [7]]
+
+
+async def test_an_end_that_could_not_be_foreseen(bench: Bench) -> None:
+    """Steps that overlap cost one that nobody wanted; its token is not streamed."""
+    assert await bench.run("a", max_tokens=9, stop_ids=frozenset({7})) == [1]
+    await bench.all_free()
+    assert bench.runner.steps == bench.max_in_flight
+
+
+async def test_the_engine_is_never_without_a_step(bench: Bench) -> None:
+    """With overlap the next step is there when one ends."""
+    gate, planned = Gate(), bench.runner.planned
+    bench.runner.before = gate
+    running = asyncio.ensure_future(bench.run("a", max_tokens=9))
+    await entered(gate)
+    await asyncio.sleep(0.05)
+    assert len(planned) == bench.max_in_flight
+    gate.open()
+    await running
+
+
+async def test_memory_is_filled_behind_what_is_in_flight(bench: Bench) -> None:
+    """What a step that still runs may read is not written over by a state that arrives."""
+    gate = Gate()
+    bench.runner.before = gate
+    running = asyncio.ensure_future(bench.run("a"))
+    await entered(gate)
+    at_step: list[int] = []
+    filling = asyncio.ensure_future(bench.loop.fill(lambda: at_step.append(bench.runner.steps)))
+    await asyncio.sleep(0.05)
+    assert not at_step
+    gate.open()
+    await filling
+    assert at_step[0] >= bench.max_in_flight
+    await running
 
 
 async def test_more_requests_than_memory_wait_their_turn(bench: Bench) -> None:
@@ -99,7 +153,7 @@ async def test_an_untrustworthy_token_ends_the_stream_with_an_error(bench: Bench
     bench.runner.broken_indices = {2}
     with pytest.raises(InvariantViolation, match="not finite"):
         await bench.run("a")
-    assert bench.slots_free == 4
+    await bench.all_free()
 
 
 async def test_a_guide_that_broke_is_the_reason_that_is_given(bench: Bench) -> None:
@@ -108,7 +162,7 @@ async def test_a_guide_that_broke_is_the_reason_that_is_given(bench: Bench) -> N
     rules.failure = GuideBroke("too complex")
     with pytest.raises(GuideBroke):
         await bench.run("a", rules=rules)
-    assert bench.slots_free == 4
+    await bench.all_free()
 
 
 async def test_cancel_during_a_step_frees_after_it(bench: Bench) -> None:
@@ -122,8 +176,7 @@ async def test_cancel_during_a_step_frees_after_it(bench: Bench) -> None:
     assert bench.slots_free == 2, "freed while the step could still write"
     bench.runner.before = lambda: None
     gate.open()
-    while bench.slots_free != 4:
-        await asyncio.sleep(0.001)
+    await bench.all_free()
 
 
 async def test_cancel_while_waiting_for_memory(bench: Bench) -> None:

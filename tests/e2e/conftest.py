@@ -30,6 +30,8 @@ def new_cluster(
             "router.port": 0,
             "worker.max_requests": 24,
             "worker.extend_budget_tokens": 128,
+            # Off on a CPU by default, and the harder way to be right.
+            "worker.overlap": "on",
         }
         | {key.replace("__", "."): value for key, value in settings.items()},
         environ={},

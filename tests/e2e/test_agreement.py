@@ -63,7 +63,10 @@ async def test_200_requests_16_at_a_time(pair: tuple[Path, LocalCluster]) -> Non
             assert completion.finish_reason == output.finish_reason.value
             assert completion.prompt_tokens == request.prompt_len
             assert completion.completion_tokens == len(ids)
-            if len(ids) > 1:
+            if completion.prefill_worker.startswith("decode"):
+                # So short that decode happened to have half of it.
+                assert request.prompt_len <= 4 and completion.timings.handoff_bytes == 0
+            elif len(ids) > 1:
                 handed_off += 1
                 assert completion.timings.transport == "ucx"
                 assert completion.timings.handoff_bytes == handoff_bytes(parts, request.prompt_len)

@@ -51,6 +51,9 @@ BAD = {
     "logprobs": edited(lambda r: setattr(r, "logprobs", 1000)),
     "model": edited(lambda r: setattr(r, "model", "no such model")),
     "request_id": edited(lambda r: setattr(r, "request_id", "a b")),
+    "cache_salt": edited(lambda r: setattr(r, "cache_salt", "x" * 257)),
+    "snapshot_hints": edited(lambda r: r.snapshot_hints.extend([1] * 65)),
+    "snapshot_hints[0]": edited(lambda r: r.snapshot_hints.append(6)),
     "request": fine().SerializeToString() + b"\x98\x06\x01",
     "text ": edited(lambda r: setattr(r, "text", "x" * 10_000_000)),
 }

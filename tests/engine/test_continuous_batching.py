@@ -72,13 +72,14 @@ class Crowd:
         return all(count.free == count.total for count in counts)
 
 
-def crowd(model_dir: Path, seed: int) -> Crowd:
+def crowd(model_dir: Path, seed: int, overlap: bool) -> Crowd:
     engine, parts = local_engine(
         model_dir,
         max_requests=12,
         budget_tokens=4 * CHUNK,
         max_context_tokens=CONTEXT,
         memory_bytes=MEMORY_BYTES,
+        overlap=overlap,
     )
     return Crowd(engine, parts, random.Random(seed))
 
@@ -87,10 +88,11 @@ def bits(output: Output) -> list[tuple[int, float | None]]:
     return [(token.token_id, token.logprob) for token in output.tokens]
 
 
-def check_as_if_alone(model_dir: Path, count: int, seed: int) -> None:
+def check_as_if_alone(model_dir: Path, count: int, seed: int, overlap: bool) -> None:
     requests = random_requests(count, seed, lengths=EDGES)
-    together = crowd(model_dir, seed)
+    together = crowd(model_dir, seed, overlap)
     outputs = together.run(requests)
+    assert bool(together.engine.num_overlapped) == overlap
     assert together.most_active > 4 and together.is_empty()
     if together.parts.sizes.kv_pages:
         assert together.had_to_wait, "pages never ran out, so nothing was shown"
@@ -105,18 +107,26 @@ def check_as_if_alone(model_dir: Path, count: int, seed: int) -> None:
     assert len({tuple(output.token_ids) for output in outputs.values()}) > count // 2
 
 
-def test_tokens_are_those_of_each_request_alone(model_dir: Path) -> None:
-    check_as_if_alone(model_dir, count=40, seed=1)
+OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
+
+
+@OVERLAP
+def test_tokens_are_those_of_each_request_alone(model_dir: Path, overlap: bool) -> None:
+    check_as_if_alone(model_dir, count=40, seed=1, overlap=overlap)
 
 
 @pytest.mark.slow
-def test_500_requests_that_join_and_leave(model_dir: Path) -> None:
-    check_as_if_alone(model_dir, count=500, seed=2)
+@OVERLAP
+def test_500_requests_that_join_and_leave(model_dir: Path, overlap: bool) -> None:
+    check_as_if_alone(model_dir, count=500, seed=2, overlap=overlap)
 
 
-def test_aborts_at_any_moment_leak_nothing_and_disturb_nobody(model_dir: Path) -> None:
+@OVERLAP
+def test_aborts_at_any_moment_leak_nothing_and_disturb_nobody(
+    model_dir: Path, overlap: bool
+) -> None:
     requests = random_requests(60, seed=3, lengths=EDGES)
-    disturbed = crowd(model_dir, seed=3)
+    disturbed = crowd(model_dir, 3, overlap)
     outputs = disturbed.run(requests, abort_share=0.3)
     assert disturbed.is_empty() and 10 < len(outputs) < 55
     alone, _ = local_engine(model_dir, max_requests=1, max_context_tokens=CONTEXT)

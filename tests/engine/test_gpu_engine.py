@@ -94,7 +94,7 @@ class Sequences:
             lease = self.parts.cache.lease(name)
             rows.append(ExtendRow(lease, tuple(prompt), spec(0)))
             self.tokens[name] = []
-        self._take(list(prompts), self.parts.runner.extend(ExtendBatch(tuple(rows))))
+        self._take(list(prompts), self.parts.runner.extend(ExtendBatch(tuple(rows)))())
 
     def step(self, names: Sequence[str], forced: int | None = None) -> None:
         """Consume each one's last token, or this one."""
@@ -106,7 +106,7 @@ class Sequences:
             )
             for name in names
         )
-        self._take(names, self.parts.runner.decode(DecodeBatch(rows)))
+        self._take(names, self.parts.runner.decode(DecodeBatch(rows))())
 
     def end(self, name: str) -> None:
         self.parts.cache.release(name)

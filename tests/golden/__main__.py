@@ -67,11 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(name: str, model_dir: Path, dtype: str, grid: int, options: argparse.Namespace) -> Tally:
     tally = Tally()
-    make = partial(Engine, model_dir, dtype, grid)
     for round_ in range(options.rounds):
-        prompts = Prompts(make(cached=False).vocab_size, options.seed + round_)
-        for case in all_cases(make, prompts, tally):
-            print(f"{name} {dtype}: {case}, {tally.comparisons} so far", flush=True)
+        for overlap, variant in ((False, "in turn"), (True, "overlapped")):
+            make, part = partial(Engine, model_dir, dtype, grid, overlap=overlap), Tally()
+            prompts = Prompts(make(cached=False).vocab_size, options.seed + round_)
+            for case in all_cases(make, prompts, part):
+                so_far = tally.comparisons + part.comparisons
+                print(f"{name} {dtype}, {variant}: {case}, {so_far} so far", flush=True)
+            tally.add(part, variant)
     asyncio.run(through_a_cluster(model_dir, dtype, grid, options.seed, tally))
     return tally
 

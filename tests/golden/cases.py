@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from golden.compare import WHOLE, Bits, Engine, PathNotTaken, Tally
 from stateferry.core.request import GenerationRequest
@@ -31,14 +32,11 @@ class Prompts:
         return tuple(self.rng.randrange(3, self._vocab_size) for _ in range(length))
 
     def ask(self, ids: tuple[int, ...], tokens: int = 12) -> GenerationRequest:
-        sampling = SamplingParams(
-            temperature=self.rng.choice([0.0, 0.0, 0.9]),
-            top_k=0,
-            top_p=1.0,
-            seed=self.rng.getrandbits(32),
-            logprobs=0,
-        )
+        sampling = self.sampling(self.rng.choice([0.0, 0.0, 0.9]))
         return GenerationRequest("", ids, sampling, StopConditions(tokens, 0, frozenset()))
+
+    def sampling(self, temperature: float) -> SamplingParams:
+        return SamplingParams(temperature, 0, 1.0, seed=self.rng.getrandbits(32), logprobs=0)
 
 
 class Oracle:
@@ -56,9 +54,18 @@ class Oracle:
 
 def all_cases(make: Make, prompts: Prompts, tally: Tally) -> Iterator[str]:
     """Run every case of one model; yields the name of each when it is done."""
-    first = make(cached=False)
+    first = make(cached=False, overlap=False)
     oracle, grid = Oracle(first), first.grid
-    for case in (chunked, repeated, every_grid_point, chats, preempted, packed, short_of_memory):
+    for case in (
+        chunked,
+        repeated,
+        every_grid_point,
+        chats,
+        stopped,
+        preempted,
+        packed,
+        short_of_memory,
+    ):
         case(make, prompts, oracle, tally, grid)
         yield case.__name__
 
@@ -119,6 +126,28 @@ def chats(make: Make, prompts: Prompts, oracle: Oracle, tally: Tally, grid: int)
             tally.compare("next turn of a chat", f"turn {turn}", bits, oracle(request))
             consumed = len(history) + 18
             history = (*history, *(token for token, _ in bits), *prompts.ids(3 + turn))
+
+
+def stopped(make: Make, prompts: Prompts, oracle: Oracle, tally: Tally, grid: int) -> None:
+    """Ended by a stop id, before and after a grid point: a step too many, if steps overlap, must
+    not be seen by the next turn, which resumes at the last token that was wanted."""
+    for start in (1, grid - 7, grid - 1, 2 * grid - 5):
+        engine = make()
+        ids = prompts.ids(start)
+        free = replace(prompts.ask(ids, tokens=2 * grid), sampling=prompts.sampling(1.5))
+        tokens = [token for token, _ in oracle(free)]
+        for at in sorted({tokens.index(tokens[n]) for n in (*range(1, 10), grid - 1, grid)}):
+            if not at:
+                continue
+            stop = StopConditions(2 * grid, 0, frozenset({tokens[at]}))
+            [bits] = engine.run(replace(free, stop=stop))
+            tally.compare("stopped", f"{start} + {at}", bits, oracle(free)[: at + 1])
+            before = engine.counters.boundary_hit_tokens + engine.counters.tail_hit_tokens
+            follow = prompts.ask((*ids, *tokens[: at + 1], *prompts.ids(3)))
+            [bits] = engine.run(follow)
+            hit = engine.counters.boundary_hit_tokens + engine.counters.tail_hit_tokens - before
+            _need(hit == start + at, f"{start} + {at}: resumed at {hit}")
+            tally.compare("resumed after a stop", f"{start} + {at}", bits, oracle(follow))
 
 
 def preempted(make: Make, prompts: Prompts, oracle: Oracle, tally: Tally, grid: int) -> None:

@@ -40,6 +40,12 @@ class Tally:
             at = next((n for n, (ours, theirs) in pairs if ours != theirs), -1)
             self.mismatches.append(f"{path}: {what}: differs at output token {at}")
 
+    def add(self, other: Tally, variant: str) -> None:
+        """What was compared in another variant of the engine."""
+        self.comparisons += other.comparisons
+        self.mismatches += [f"{variant}: {text}" for text in other.mismatches]
+        self.paths.update({f"{path}, {variant}": n for path, n in other.paths.items()})
+
 
 class Engine:
     """A one-process engine over memory that was full of NaN before."""
@@ -54,6 +60,7 @@ class Engine:
         budget: int = WHOLE,
         cache_bytes: int = 64 << 20,
         max_requests: int = 8,
+        overlap: bool = False,
     ) -> None:
         parts = build_engine(
             model_dir,
@@ -66,8 +73,14 @@ class Engine:
         self.cache = parts.cache
         self.vocab_size = parts.limits.vocab_size
         self.engine = ColocatedEngine(
-            parts.runner, parts.cache, parts.rules, grid=parts.grid, budget_tokens=budget
+            parts.runner,
+            parts.cache,
+            parts.rules,
+            grid=parts.grid,
+            budget_tokens=budget,
+            overlap=overlap,
         )
+        self._overlap = overlap
         self._number = 0
 
     @property
@@ -83,6 +96,7 @@ class Engine:
             self.engine.submit(replace(request, request_id=names[-1]))
         outputs = self.engine.outputs
         left = set(names) if preempt_at else set()
+        before = self.engine.num_overlapped
         while self.engine.num_unfinished:
             self.engine.step()
             due = [name for name in left if len(outputs[name].tokens) >= preempt_at]
@@ -92,8 +106,14 @@ class Engine:
                     raise PathNotTaken(f"{name} ended before {preempt_at} tokens")
         if left:
             raise PathNotTaken(f"{left} were not preempted")
+        if self._overlap and before == self.engine.num_overlapped and self._can_overlap(requests):
+            raise PathNotTaken("no step was planned while another ran")
         self.cache.check_conserved()
         return [bits_of(outputs.pop(name)) for name in names]
+
+    def _can_overlap(self, requests: tuple[GenerationRequest, ...]) -> bool:
+        """One token more than the first is a step that nothing can be planned beside."""
+        return any(request.stop.max_tokens > 2 for request in requests)
 
 
 def bits_of(output: Output) -> Bits:

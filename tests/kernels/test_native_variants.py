@@ -175,7 +175,8 @@ def test_every_build_that_runs_here_gives_the_same_bits(name: str) -> None:
 def test_plain_cpp_gives_the_same_bits(tmp_path: Path) -> None:
     loaded = native_or_skip().variant
     # Whose projections are sums of another order (see numerics) has no plain form.
-    variants = [v for v in library.VARIANTS if v.flags <= loaded.flags and v.numerics == "cpu"]
+    plain = [v for v in library.VARIANTS if v.numerics != library.VARIANTS[0].numerics]
+    variants = [v for v in plain if v.flags <= loaded.flags]
     chosen = next(v for v in variants if v.machine == loaded.machine)
     build.build(tmp_path, portable=True, only=chosen.name)
     assert digests(tmp_path, chosen) == digests(library._directory, chosen)

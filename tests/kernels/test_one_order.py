@@ -97,6 +97,28 @@ def test_any_company(
     assert_walk(kernels_of(backend), layer, lengths, choices_of(data))
 
 
+# Heads that leave a part of a vector, states that end in a tile of each size, and a model's own.
+SIZES = ((1, 1, 8), (5, 3, 8), (20, 8, 8), (33, 14, 16), (72, 32, 16), (80, 50, 24), (64, 128, 64))
+
+
+@each_dtype
+@pytest.mark.parametrize(("headdim", "dstate", "grid"), SIZES)
+def test_walks_over_heads_of_any_size(
+    headdim: int, dstate: int, grid: int, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    shape = Shape(nheads=4, headdim=headdim, dstate=dstate, ngroups=2, grid=grid)
+    layer = make_layer(shape, dtype=dtype, state_dtype=state_dtype, seed=5)
+    # A scan of several chunks, of which decode rows and commits then make the same.
+    tokens = make_tokens(layer, 2 * grid + 5, seed=1, with_z=True)
+    expected, scanned = whole(kernels_of("cpu"), layer, tokens)
+    rows = Walker(layer, kernels=kernels_of("cpu"))
+    y = [rows.decode([tokens[t : t + 1]]) for t in range(len(tokens))]
+    assert torch.equal(torch.cat(y), expected)
+    assert len(rows.boundaries[0]) == len(scanned.boundaries[0]) == 2
+    assert_same_end(rows, 0, scanned, 0)
+    assert_walk(kernels_of("cpu"), layer, [2 * grid + 5, grid + 1], random.Random(2).randint)
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("grid", GRIDS)

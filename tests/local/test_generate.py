@@ -38,7 +38,8 @@ def test_every_option_reaches_the_request(asked: list[GenerateOptions], tmp_path
         "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 3 --top-p 0.75 --min-p 0.25 "
         "--repetition-penalty 1.5 --presence-penalty -0.5 --frequency-penalty 2 --seed 8 -n 3 "
         "--logit-bias 5=-1.5 --logit-bias 6=2 --stop a --stop b --stop-token-id 4 --include-stop "
-        "--ignore-eos --special-tokens --logprobs 1 --echo --prompt-logprobs 0"
+        "--ignore-eos --special-tokens --logprobs 1 --echo --prompt-logprobs 0 --tenant t "
+        "--cache-salt s --snapshot-hint 4 --snapshot-hint 9"
     )
     assert run(["generate", "x", *line.split(), "--json-schema", f"@{schema}"]) == 0
     assert asked == [
@@ -64,6 +65,9 @@ def test_every_option_reaches_the_request(asked: list[GenerateOptions], tmp_path
             echo=True,
             prompt_logprobs=0,
             json_schema='{"type": "object"}',
+            tenant="t",
+            cache_salt="s",
+            snapshot_hints=(4, 9),
         )
     ]
 

@@ -77,7 +77,12 @@ def test_serve_talk_die_and_stop(serve: Serve) -> None:
     again = stateferry("generate", "hello", *router, "--max-tokens=6", "--temperature=0", "--json")
     answer = json.loads(again.stdout)
     assert answer["text"] + "\n" == done.stdout
-    assert answer["timings"]["handoff_bytes"] > 0
+    # What it has, decode computes no more; nothing has to cross again.
+    assert answer["prefix_tokens"] == 4 and answer["timings"]["handoff_bytes"] == 0
+    apart = ["--cache-salt", "apart", "--json", "--temperature=0", "--max-tokens=6"]
+    answer = json.loads(stateferry("generate", "hello", *router, *apart).stdout)
+    assert answer["prefix_tokens"] == 0 and answer["timings"]["handoff_bytes"] > 0
+    assert answer["text"] + "\n" == done.stdout
 
     refused = stateferry("generate", "hello", *router, "--top-p", "7")
     assert refused.returncode == 1

@@ -47,10 +47,12 @@ class Bench:
         return self.cache.state_slots.free
 
 
-@pytest_asyncio.fixture
-async def bench() -> AsyncIterator[Bench]:
+@pytest_asyncio.fixture(params=[1, 2], ids=["in turn", "overlap"])
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     cache, runner = small_cache(kv=KV), ScriptedRunner()
-    scheduler = PrefillScheduler(cache, grid=GRID, budget_tokens=4 * GRID, max_waiting=3)
+    scheduler = PrefillScheduler(
+        cache, grid=GRID, budget_tokens=4 * GRID, max_waiting=3, max_in_flight=request.param
+    )
     with ThreadPoolExecutor(1) as executor:
         loop = PrefillLoop(
             scheduler,

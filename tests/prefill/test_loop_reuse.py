@@ -47,13 +47,15 @@ class Bench:
         return int(computed.resumed_tokens)
 
 
-@pytest_asyncio.fixture
-async def bench() -> AsyncIterator[Bench]:
+@pytest_asyncio.fixture(params=[1, 2], ids=["in turn", "overlap"])
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     plain = small_cache(max_sequences=6, kv=KV, max_context_tokens=8 * GRID, cache_bytes=60_000)
     tracking = StateTracking(StateStrategy.EXTRA_BUFFER, GRID, GRID)
     cache = StateCache(plain.pools, plain.sizes, Reuse(True, "w", "l", tracking))
     runner = ScriptedRunner()
-    scheduler = PrefillScheduler(cache, grid=GRID, budget_tokens=BUDGET, max_waiting=9)
+    scheduler = PrefillScheduler(
+        cache, grid=GRID, budget_tokens=BUDGET, max_waiting=9, max_in_flight=request.param
+    )
     with ThreadPoolExecutor(1) as executor:
         loop = PrefillLoop(
             scheduler,
@@ -122,7 +124,6 @@ async def test_a_failed_step_loses_no_copy_of_a_sequence_that_was_not_in_it(benc
     second = bench.submit("known", GRID + 9)
     await entered(gate)
     assert bench.cache.resumed_tokens("known") == GRID + 5, "not admitted yet: nothing is shown"
-    assert not bench.runner.copies
     gate.open()
     with pytest.raises(Exception, match="bad weather"):
         await first

@@ -141,6 +141,17 @@ def reserved() -> worker_pb2.DecodeEvent:
     return worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved())
 
 
+def runs_prompt() -> worker_pb2.DecodeEvent:
+    return worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved(runs_prompt=True))
+
+
+def first_here(
+    token_id: int, finish: worker_pb2.WorkerFinish | None = None
+) -> worker_pb2.DecodeEvent:
+    """Token 0, of a prompt that a decode worker runs."""
+    return worker_pb2.DecodeEvent(first_token=first(token_id, finish).first_token)
+
+
 def tokens(index: int, ids: Sequence[int]) -> worker_pb2.DecodeEvent:
     return worker_pb2.DecodeEvent(
         tokens=worker_pb2.Tokens(index=index, tokens=[out(i) for i in ids])

@@ -137,3 +137,27 @@ def test_kv_pages_are_room_too() -> None:
 def test_a_prefill_worker_holds_the_prompt_alone() -> None:
     assert ids([prefill(0, kv_pages=8, busy_kv_pages=7)], [decode(0)])
     assert not ids([prefill(0, kv_pages=8, busy_kv_pages=8)], [decode(0)])
+
+
+def test_the_decode_worker_of_the_last_turn_comes_first() -> None:
+    decodes = [decode(0), decode(1, requests=1), decode(2, requests=2)]
+    last = [dataclasses.replace(NEED, last_decode=d.description.key) for d in decodes]
+    assert ids([prefill(0)], decodes, last[0]) == [("prefill-0", "decode-0")]
+    assert ids([prefill(0)], decodes, last[1]) == [("prefill-0", "decode-1")]
+    # Half of its places are taken, and all of another's are free.
+    assert ids([prefill(0)], decodes, last[2]) == [("prefill-0", "decode-0")]
+
+
+def test_but_not_where_it_cannot_serve() -> None:
+    for other in (
+        decode(1, capacity=0),
+        decode(1, context=15),
+        decode(1, fingerprint=OTHER),
+        decode(1, kv_pages=2, busy_kv_pages=1),
+    ):
+        need = dataclasses.replace(NEED, last_decode=other.description.key)
+        assert ids([prefill(0)], [decode(0, requests=1), other], need) == [
+            ("prefill-0", "decode-0")
+        ]
+    gone = dataclasses.replace(NEED, last_decode=decode(7).description.key)
+    assert ids([prefill(0)], [decode(0)], gone) == [("prefill-0", "decode-0")]

@@ -66,6 +66,19 @@ async def test_the_ticket_names_both_workers_and_sizes() -> None:
         assert (ticket.prompt_len, ticket.max_tokens) == (5, 9)
 
 
+async def test_what_may_be_reused_is_signed_and_where_it_is_wanted_is_sent() -> None:
+    async with fake_cluster(prefill_well, decode_well) as cluster:
+        request = ask("hello", max_tokens=9)
+        request.tenant, request.cache_salt = "t1", "s1"
+        request.snapshot_hints.extend([3, 5])
+        await cluster.call(request)
+        [ticket] = cluster.decode.tickets
+        assert ticket.cache_salt == "t1/s1"
+        [order] = cluster.prefill.requests
+        assert list(order.snapshot_hints) == [3, 5]
+        await cluster.assert_clean()
+
+
 async def test_the_first_token_does_not_wait_for_the_hand_off() -> None:
     async with fake_cluster(prefill_hangs_after_token, decode_well) as cluster:
         call = cluster.stub.Generate(ask())

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections import deque
+from typing import Literal
 
 import pytest
 
 from stateferry.core.errors import Overloaded
 from stateferry.core.sampling import FinishReason, StopConditions
-from stateferry.scheduler.decode import DecodeRow, DecodeScheduler
+from stateferry.scheduler.decode import DecodeRow, DecodeScheduler, DecodeStep
 from support.counting_memory import CountingMemory
 
 EOS = 2
 
 
-def scheduler(capacity: int = 4, max_waiting: int = 9) -> tuple[DecodeScheduler, CountingMemory]:
+def scheduler(
+    capacity: int = 4, max_waiting: int = 9, max_in_flight: Literal[1, 2] = 1
+) -> tuple[DecodeScheduler, CountingMemory]:
     memory = CountingMemory(capacity)
-    return DecodeScheduler(memory, max_waiting=max_waiting), memory
+    return DecodeScheduler(memory, max_waiting=max_waiting, max_in_flight=max_in_flight), memory
 
 
 def stop(max_tokens: int = 10, min_tokens: int = 0) -> StopConditions:
@@ -98,10 +102,61 @@ def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
     assert not memory.held
 
 
+def test_a_step_before_its_tokens_are_known() -> None:
+    """Two in flight: the second one consumes what the first one samples, and is in vain for the
+    sequence that has ended meanwhile."""
+    decode, memory = scheduler(max_in_flight=2)
+    start(decode, "a", first=5)
+    start(decode, "b", first=6)
+    first, second = decode.schedule(), decode.schedule()
+    assert first is not None and first.rows == (DecodeRow("a", 5, 1), DecodeRow("b", 6, 1))
+    assert second is not None and second.rows == (DecodeRow("a", None, 2), DecodeRow("b", None, 2))
+    assert decode.schedule() is None
+    advances = decode.complete(first, [EOS, 12])
+    assert [(a.request_id, a.index) for a in advances] == [("a", 1), ("b", 1)]
+    assert set(memory.held) == {"a", "b"} and decode.knows("a"), "the second step may still write"
+    third = decode.schedule()
+    assert third is not None and third.rows == (DecodeRow("b", None, 3),)
+    advances = decode.complete(second, [99, 13])
+    assert [(a.request_id, a.index) for a in advances] == [("b", 2)]
+    assert set(memory.held) == {"b"} and not decode.knows("a")
+    # The token that ended a was not consumed, as far as anybody is concerned.
+    assert memory.tokens == {"a": [5], "b": [6, 12]}
+    decode.complete(third, [14])
+    step = decode.schedule()
+    assert step is not None and step.rows == (DecodeRow("b", 14, 4),)
+
+
+def test_no_step_beyond_the_last_token() -> None:
+    """How long a sequence may become is known beforehand, so no step is in vain for that."""
+    decode, _ = scheduler(max_in_flight=2)
+    start(decode, "a", max_tokens=3)
+    first, second = decode.schedule(), decode.schedule()
+    assert first is not None and second is not None
+    decode.complete(first, [9])
+    assert decode.schedule() is None
+    [last] = decode.complete(second, [9])
+    assert last.finish_reason is FinishReason.LENGTH and not decode.knows("a")
+
+
+def test_what_fails_is_spoilt_though_a_step_follows() -> None:
+    decode, memory = scheduler(max_in_flight=2)
+    start(decode, "a")
+    first, second = decode.schedule(), decode.schedule()
+    assert first is not None and second is not None
+    assert decode.complete(first, [None]) == ()
+    assert memory.spoilt == {"a"} and set(memory.held) == {"a"}
+    assert decode.complete(second, [9]) == ()
+    assert not memory.held
+
+
+@pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int) -> None:
+def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int, most: Literal[1, 2]) -> None:
     rng = random.Random(seed)
-    decode, memory = scheduler(capacity=3, max_waiting=1000)
+    decode, memory = scheduler(capacity=3, max_waiting=1000, max_in_flight=most)
+    in_flight: deque[DecodeStep] = deque()
+    overlapped = 0
     next_index: dict[str, int] = {}
     names: list[str] = []
     reserved: list[str] = []
@@ -115,12 +170,15 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int) -> None:
             if decode.knows(name):
                 decode.activate(name, 7, stop(max_tokens=rng.choice([2, 5, 30])))
                 next_index[name] = 1
-        step = decode.schedule()
+        if (scheduled := decode.schedule()) is not None:
+            in_flight.append(scheduled)
         if rng.random() < 0.15 and names:
             victim = rng.choice(names)
             decode.abort(victim)
             reserved = [r for r in reserved if r != victim]
-        if step is not None:
+        overlapped += len(in_flight) > 1
+        if in_flight and (len(in_flight) == most or rng.random() < 0.5):
+            step = in_flight.popleft()
             tokens = [rng.choice([None, EOS, 5, 5, 5, 5]) for _ in step.rows]
             for advance in decode.complete(step, tokens):
                 assert advance.index == next_index[advance.request_id]
@@ -128,7 +186,9 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int) -> None:
         assert len(memory.held) == decode.num_active
     for name in names:
         decode.abort(name)
-    assert not memory.held
+    for step in in_flight:
+        decode.complete(step, [5] * len(step.rows))
+    assert not memory.held and bool(overlapped) == (most > 1)
     assert max(next_index.values()) > 3
 
 

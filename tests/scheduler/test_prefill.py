@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
-from stateferry.scheduler.prefill import ExtendSlice, PrefillScheduler
+from stateferry.scheduler.prefill import ExtendSlice, ExtendStep, PrefillScheduler
 from support.counting_memory import CountingMemory
 
 
@@ -19,13 +20,17 @@ def prompt(name: str, length: int) -> GenerationRequest:
 
 
 def scheduler(
-    capacity: int = 4, budget: int = 128, max_waiting: int = 100
+    capacity: int = 4, budget: int = 128, max_waiting: int = 100, max_in_flight: int = 1
 ) -> tuple[PrefillScheduler, CountingMemory]:
     memory = CountingMemory(capacity)
-    return (
-        PrefillScheduler(memory, grid=64, budget_tokens=budget, max_waiting=max_waiting),
+    prefill = PrefillScheduler(
         memory,
+        grid=64,
+        budget_tokens=budget,
+        max_waiting=max_waiting,
+        max_in_flight=max_in_flight,
     )
+    return prefill, memory
 
 
 def test_packs_whole_prompts_in_order_of_arrival() -> None:
@@ -113,18 +118,60 @@ def test_a_failed_step_returns_all_it_touched() -> None:
     assert not memory.held and not prefill.knows("a") and not prefill.knows("b")
 
 
-def test_one_step_at_a_time() -> None:
-    prefill, _ = scheduler()
-    prefill.submit(prompt("a", 5), 5)
+@pytest.mark.parametrize("most", [1, 2])
+def test_so_many_steps_at_a_time_and_in_order(most: int) -> None:
+    prefill, _ = scheduler(max_in_flight=most)
+    for name in "abcd":
+        prefill.submit(prompt(name, 100), 100)
+    steps = [prefill.schedule() for _ in range(most)]
+    assert all(steps) and prefill.schedule() is None
+    assert prefill.queued_tokens == 400
+    if most == 2:
+        assert steps[1] is not None
+        with pytest.raises(InvariantViolation, match="oldest"):
+            prefill.complete(steps[1])
+    assert steps[0] is not None
+    assert prefill.complete(steps[0]) == ("a",)
+    assert prefill.queued_tokens == 300
     assert prefill.schedule() is not None
-    with pytest.raises(InvariantViolation):
-        prefill.schedule()
 
 
+def test_slices_follow_on_those_in_flight() -> None:
+    prefill, memory = scheduler(max_in_flight=2)
+    prefill.submit(prompt("a", 200), 200)
+    first, second = prefill.schedule(), prefill.schedule()
+    assert first is not None and first.slices == (ExtendSlice("a", 0, 128, False),)
+    assert second is not None and second.slices == (ExtendSlice("a", 128, 72, True),)
+    assert prefill.complete(first) == ()
+    assert prefill.schedule() is None, "all of it is launched"
+    assert prefill.complete(second) == ("a",)
+    assert set(memory.held) == {"a"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_prompt_that_goes_stays_until_its_last_step_is_over(fails: bool) -> None:
+    prefill, memory = scheduler(max_in_flight=2)
+    prefill.submit(prompt("a", 200), 200)
+    first, second = prefill.schedule(), prefill.schedule()
+    assert first is not None and second is not None
+    if fails:
+        prefill.fail(first)
+    else:
+        prefill.abort("a")
+        prefill.complete(first)
+    assert set(memory.held) == {"a"} and prefill.knows("a")
+    assert prefill.complete(second) == ()
+    assert not memory.held and not prefill.knows("a")
+    assert memory.spoilt == ({"a"} if fails else set())
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_walk_computes_every_token_once_and_leaks_nothing(seed: int) -> None:
+def test_random_walk_computes_every_token_once_and_leaks_nothing(seed: int, most: int) -> None:
     rng = random.Random(seed)
-    prefill, memory = scheduler(capacity=3, budget=192)
+    prefill, memory = scheduler(capacity=3, budget=192, max_in_flight=most)
+    in_flight: deque[ExtendStep] = deque()
+    overlapped = 0
     lengths: dict[str, int] = {}
     computed: dict[str, int] = {}
     aborted: set[str] = set()
@@ -134,28 +181,35 @@ def test_random_walk_computes_every_token_once_and_leaks_nothing(seed: int) -> N
             name = f"r{number}"
             lengths[name] = rng.choice([1, 63, 64, 65, 200, 1000])
             prefill.submit(prompt(name, lengths[name]), lengths[name])
-        step = prefill.schedule()
+        if (scheduled := prefill.schedule()) is not None:
+            in_flight.append(scheduled)
         if rng.random() < 0.2 and lengths:
             victim = rng.choice(sorted(lengths))
             if victim not in done:
                 prefill.abort(victim)
                 aborted.add(victim)
-        if step is None:
+        overlapped += len(in_flight) > 1
+        if not in_flight or (len(in_flight) < most and rng.random() < 0.5):
             continue
+        step = in_flight.popleft()
         if rng.random() < 0.05:
             prefill.fail(step)
             aborted |= {part.request_id for part in step.slices}
             continue
         for part in step.slices:
-            assert part.start == computed.get(part.request_id, 0)
+            # Of one that a failed step took with it, this is what comes behind.
+            assert part.start == computed.get(part.request_id, 0) or part.request_id in aborted
             computed[part.request_id] = part.start + part.length
         for name in prefill.complete(step):
             assert name not in aborted and computed[name] == lengths[name]
             done.add(name)
             prefill.release(name)
         assert len(memory.held) == prefill.num_active
+    assert bool(overlapped) == (most > 1)
     for name in lengths:
         prefill.abort(name)
+    for step in in_flight:
+        prefill.complete(step)
     assert not memory.held and prefill.queued_tokens == 0
     assert done and aborted
 

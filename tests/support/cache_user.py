@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from stateferry.cache.cached_prefixes import CachePools
 from stateferry.cache.handles import StateHandle
-from stateferry.cache.host_tier import HostTier
+from stateferry.cache.host_tier import PlaceBytes
 from stateferry.cache.hybrid_cache import CacheOptions, Hold, HybridCache
 from stateferry.cache.insertion import Computed, Inserted
 from stateferry.cache.lookup import Match
+from stateferry.cache.page_copy import HostBlob, Kind, PageCopy
 from stateferry.cache.slots import SlotPool
 from stateferry.prefix.prefix_hash import encode_tokens, namespace_of
 from stateferry.prefix.snapshot_plan import plan_snapshots
@@ -24,6 +25,9 @@ LAYOUT = "layout"
 
 Tokens = tuple[int, ...]
 
+# In host memory: a state has four bytes, all else one per token.
+SIZES = PlaceBytes(state=4, tail_row=1, kv_row=1)
+
 
 def make_cache(
     *,
@@ -32,7 +36,7 @@ def make_cache(
     tails: int = 64,
     pages: int = 256,
     page_tokens: int | None = 4,
-    host: HostTier | None = None,
+    copies: list[PageCopy] | None = None,
     **options: object,
 ) -> HybridCache:
     """Slots count from 1, as on a worker."""
@@ -47,7 +51,8 @@ def make_cache(
         page_tokens=page_tokens,
         layout=LAYOUT,
         options=CacheOptions(**options),  # type: ignore[arg-type]
-        host=host,
+        copies=copies,
+        sizes=SIZES,
     )
 
 
@@ -58,6 +63,9 @@ class Memory:
     slots: dict[int, Tokens] = field(default_factory=dict)
     tails: dict[int, Tokens] = field(default_factory=dict)
     pages: dict[int, Tokens] = field(default_factory=dict)
+
+    def of(self, kind: Kind) -> dict[int, Tokens]:
+        return {"state": self.slots, "tail": self.tails, "kv": self.pages}[kind]
 
 
 @dataclass
@@ -76,10 +84,11 @@ class Running:
 
 
 class CacheUser:
-    """One worker over one cache."""
+    """One worker over one cache, which leaves what is to be copied in ``due``."""
 
-    def __init__(self, cache: HybridCache) -> None:
+    def __init__(self, cache: HybridCache, due: list[PageCopy] | None = None) -> None:
         self.cache = cache
+        self.due = [] if due is None else due
         self.memory = Memory()
         self.page_tokens = cache._page_tokens
         self._count = 0
@@ -94,7 +103,6 @@ class CacheUser:
         tokens = tuple(tokens)
         cache = self.cache
         match = cache.match(space, encode_tokens(tokens))
-        self.check_match(match, tokens)
         hold = cache.lock(match)
         self._count += 1
         owner = f"r{self._count}"
@@ -103,6 +111,9 @@ class CacheUser:
         grant = cache.allocate(
             owner, state_slots=2 + spare, tail_pages=1, kv_pages=max(wanted - shared, 0)
         )
+        # As a launch would: before anything is written to what was granted.
+        self.make_copies()
+        self.check_match(match, tokens)
         if grant is None:
             cache.unlock(hold)
             return match, None
@@ -268,8 +279,22 @@ class CacheUser:
             held = [t for page in match.kv_pages for t in self.memory.pages[page]]
             assert tuple(held[: match.position]) == tokens[: match.position]
 
+    def make_copies(self) -> None:
+        """All that are due, in order."""
+        for copy in self.due:
+            place = self.memory.of(copy.kind)
+            if isinstance(copy.target, HostBlob):
+                assert isinstance(copy.source, int)
+                content = place[copy.source]
+                copy.target.content = content if copy.kind == "state" else content[: copy.rows]
+            else:
+                assert isinstance(copy.source, HostBlob)
+                place[copy.target] = copy.source.content  # type: ignore[assignment]
+        self.due.clear()
+
     def _copy(self, match: Match, tail_page: int, kv_pages: tuple[int, ...]) -> None:
         for copy in self.cache.copies(match, tail_page, kv_pages):
-            place = self.memory.tails if copy.kind == "tail" else self.memory.pages
+            assert isinstance(copy.source, int) and isinstance(copy.target, int)
+            place = self.memory.of(copy.kind)
             place[copy.target] = place[copy.source][: copy.rows]
             assert len(place[copy.target]) == copy.rows

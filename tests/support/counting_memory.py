@@ -14,6 +14,8 @@ class CountingMemory:
         self.capacity_tokens = capacity_tokens
         self.held: dict[str, int] = {}
         self.spoilt: set[str] = set()
+        # By request: what decode steps have consumed.
+        self.tokens: dict[str, list[int]] = {}
         # By request: how much of its prompt is known beforehand.
         self.known: dict[str, int] = {}
 
@@ -21,6 +23,10 @@ class CountingMemory:
         if not self.reserve(request.request_id, num_tokens):
             return None
         return self.known.get(request.request_id, 0)
+
+    def consumed(self, request_id: str, token_id: int) -> None:
+        assert request_id in self.held
+        self.tokens.setdefault(request_id, []).append(token_id)
 
     def spoil(self, request_id: str) -> None:
         assert request_id in self.held

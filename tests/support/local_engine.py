@@ -21,6 +21,7 @@ def local_engine(
     max_context_tokens: int = 2048,
     memory_bytes: int = 0,
     cache: CacheSection = NO_CACHE,
+    overlap: bool = False,
 ) -> tuple[ColocatedEngine, EngineParts]:
     """An engine whose pools are full of NaN, so that a read of unwritten memory shows."""
     parts = build_engine(
@@ -31,6 +32,11 @@ def local_engine(
     )
     parts.cache.pools.poison()
     engine = ColocatedEngine(
-        parts.runner, parts.cache, parts.rules, grid=parts.grid, budget_tokens=budget_tokens
+        parts.runner,
+        parts.cache,
+        parts.rules,
+        grid=parts.grid,
+        budget_tokens=budget_tokens,
+        overlap=overlap,
     )
     return engine, parts

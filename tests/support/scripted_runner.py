@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
+from stateferry.engine.runner import Launch, Sampled
 from support.small_cache import GRID
 
 
@@ -19,26 +20,47 @@ class ScriptedRunner:
         self.before: Callable[[], None] = lambda: None
         self.broken_indices: set[int] = set()
         self.steps = 0
-        # Made so far, in order: a step that fails before it is computed makes none.
+        # Made so far, in order.
         self.copies: list[PageCopy] = []
+        # Of decode steps: what each row consumed.
+        self.consumed: list[list[int]] = []
+        self.planned: list[ExtendBatch | DecodeBatch] = []
 
-    def extend(self, batch: ExtendBatch) -> list[SampledToken | None]:
-        self._step(batch)
-        for row in batch.rows:
-            row.lease.advance(len(row.token_ids), GRID)
-            row.lease.final = object()
-        return [self._token(row.sample.index) for row in batch.rows if row.sample is not None]
+    def extend(self, batch: ExtendBatch) -> Launch:
+        self._plan(batch)
 
-    def decode(self, batch: DecodeBatch) -> list[SampledToken | None]:
-        self._step(batch)
-        for row in batch.rows:
-            row.lease.advance(1, GRID)
-        return [self._token(row.sample.index) for row in batch.rows]
+        def launch() -> Sampled:
+            self._step()
+            for row in batch.rows:
+                row.lease.final = object()
+            return [self._token(row.sample.index) for row in batch.rows if row.sample is not None]
 
-    def _step(self, batch: ExtendBatch | DecodeBatch) -> None:
+        return launch
+
+    def decode(self, batch: DecodeBatch) -> Launch:
+        self._plan(batch)
+
+        def launch() -> Sampled:
+            self._step()
+            self.consumed.append(batch.token_ids())
+            tokens = [self._token(row.sample.index) for row in batch.rows]
+            for row, token in zip(batch.rows, tokens, strict=True):
+                if token is not None:
+                    row.sampled.token_id = token.token_id
+            return tokens
+
+        return launch
+
+    def copy(self, copies: Iterable[PageCopy]) -> None:
+        self.copies += copies
+
+    def _plan(self, batch: ExtendBatch | DecodeBatch) -> None:
+        batch.advance(GRID)
+        self.planned.append(batch)
+
+    def _step(self) -> None:
         self.steps += 1
         self.before()
-        self.copies += batch.copies
 
     def _token(self, index: int) -> SampledToken | None:
         return None if index in self.broken_indices else SampledToken(7)
@@ -64,6 +86,9 @@ class NullMeter:
     """Measures nothing."""
 
     def observe_step(self, kind: str, seconds: float, rows: int, tokens: int) -> None:
+        return None
+
+    def observe_gap(self, kind: str, seconds: float) -> None:
         return None
 
     def handoff_sealed(self, size_bytes: int, seconds: float) -> None:

@@ -17,7 +17,12 @@ from stateferry.api.sampling_fields import num_logprobs, sampling_fields
 from stateferry.api.wire_fault import largest_field, locate_fault, locate_unknown
 from stateferry.core.errors import InvalidRequest
 from stateferry.core.ids import is_request_id, new_request_id
-from stateferry.core.request import GenerationRequest
+from stateferry.core.request import (
+    MAX_CACHE_SALT_BYTES,
+    MAX_SNAPSHOT_HINTS,
+    GenerationRequest,
+    cache_salt_of,
+)
 from stateferry.core.sampling import (
     MAX_CHOICES,
     SamplingParams,
@@ -77,6 +82,14 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ReuseOptions:
+    """With whom cached state is shared, and where it is wanted."""
+
+    cache_salt: str = ""
+    snapshot_hints: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ClientRequest:
     """Passed every check that needs no tokeniser. ``prompt`` is text or token ids."""
 
@@ -86,6 +99,7 @@ class ClientRequest:
     sampling: SamplingParams
     stop: ClientStop
     answer: AnswerOptions
+    reuse: ReuseOptions = ReuseOptions()
 
 
 def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
@@ -115,8 +129,9 @@ def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
         ),
         include_stop=message.stop.include_stop,
     )
+    reuse = _reuse(message)
     prompt = _prompt(message, limits)
-    return ClientRequest(request_id, message.tenant, prompt, sampling, stop, answer)
+    return ClientRequest(request_id, message.tenant, prompt, sampling, stop, answer, reuse)
 
 
 def complete_request(
@@ -138,9 +153,18 @@ def complete_request(
     max_tokens = min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted
     if client.stop.min_tokens > max_tokens:
         raise InvalidRequest("stop.min_tokens", f"is more than max_tokens, {max_tokens}")
-    stop = StopConditions(max_tokens, client.stop.min_tokens, client.stop.token_ids)
+    for index, hint in enumerate(client.reuse.snapshot_hints):
+        if not 1 <= hint <= len(prompt_ids):
+            problem = f"is not from 1 to the prompt's {len(prompt_ids)} tokens"
+            raise InvalidRequest(f"snapshot_hints[{index}]", problem)
     return GenerationRequest(
-        client.request_id, prompt_ids, client.sampling, stop, client.answer.prompt_logprobs
+        client.request_id,
+        prompt_ids,
+        client.sampling,
+        StopConditions(max_tokens, client.stop.min_tokens, client.stop.token_ids),
+        client.answer.prompt_logprobs,
+        cache_salt=cache_salt_of(client.tenant, client.reuse.cache_salt),
+        snapshot_hints=client.reuse.snapshot_hints,
     )
 
 
@@ -208,6 +232,14 @@ def _prompt_logprobs(message: pb.GenerateRequest) -> int | None:
     if not message.echo:
         raise InvalidRequest("prompt_logprobs", "needs echo")
     return num_logprobs("prompt_logprobs", message.prompt_logprobs)
+
+
+def _reuse(message: pb.GenerateRequest) -> ReuseOptions:
+    if len(message.cache_salt.encode()) > MAX_CACHE_SALT_BYTES:
+        raise InvalidRequest("cache_salt", f"has more than {MAX_CACHE_SALT_BYTES} bytes")
+    if len(message.snapshot_hints) > MAX_SNAPSHOT_HINTS:
+        raise InvalidRequest("snapshot_hints", f"has more than {MAX_SNAPSHOT_HINTS} positions")
+    return ReuseOptions(message.cache_salt, tuple(message.snapshot_hints))
 
 
 def _check_guide(message: pb.GenerateRequest, limits: RequestLimits) -> None:

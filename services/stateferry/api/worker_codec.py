@@ -59,6 +59,7 @@ def prefill_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_p
         sampling=sampling_to_pb(request.sampling),
         stop=stop_to_pb(request.stop),
         prompt_logprobs=request.prompt_logprobs,
+        snapshot_hints=request.snapshot_hints,
     )
 
 
@@ -68,6 +69,8 @@ def decode_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_pb
         sampling=sampling_to_pb(request.sampling),
         stop=stop_to_pb(request.stop),
         seen_prompt_ids=request.seen_prompt_ids,
+        # A prompt that is to be scored runs where all of it is computed.
+        prompt_ids=request.prompt_ids if request.prompt_logprobs is None else (),
     )
 
 
@@ -84,6 +87,24 @@ def token_from_pb(message: worker_pb2.OutputToken) -> SampledToken:
         token_id=message.token_id,
         logprob=message.logprob if message.HasField("logprob") else None,
         top=tuple(TokenLogprob(t.token_id, t.logprob) for t in message.top),
+    )
+
+
+def first_token_to_pb(
+    token: SampledToken,
+    finish: FinishReason | None,
+    *,
+    queue_s: float,
+    prefill_s: float,
+    resumed_tokens: int,
+) -> worker_pb2.FirstToken:
+    return worker_pb2.FirstToken(
+        token=token_to_pb(token),
+        finish=None if finish is None else finish_to_pb(finish),
+        queue_s=queue_s,
+        prefill_s=prefill_s,
+        prefix_tokens=resumed_tokens,
+        resumed_tokens=resumed_tokens,
     )
 
 

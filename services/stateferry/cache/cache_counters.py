@@ -37,6 +37,14 @@ class CacheCounters:
     # Pages copied because a sequence goes on writing where a snapshot ends.
     tail_copies: int = 0
     kv_copies: int = 0
+    # To host memory when they were evicted, unless they were there already, and back.
+    states_moved_out: int = 0
+    tails_moved_out: int = 0
+    kv_pages_moved_out: int = 0
     states_restored: int = 0
     tails_restored: int = 0
     kv_pages_restored: int = 0
+    # What went to host memory, less what was dropped from there, is what it holds.
+    host_moved_out_bytes: int = 0
+    host_dropped_bytes: int = 0
+    host_restored_bytes: int = 0

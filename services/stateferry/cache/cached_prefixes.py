@@ -19,6 +19,7 @@ from stateferry.cache.cache_counters import CacheCounters
 from stateferry.cache.entries import (
     CacheNode,
     CacheTree,
+    Origin,
     Pages,
     Point,
     Snapshot,
@@ -154,16 +155,17 @@ class CachedPrefixes:
         if not snapshot.alive or snapshot.locks:
             return
         pinned = self._pin_ticks * bool(snapshot.pinned)
-        used, hits = snapshot.last_used, snapshot.hits
+        used, hits, origin = snapshot.last_used, snapshot.hits, snapshot.origin
         if isinstance(snapshot, Point):
             if snapshot.state is not None:
                 saved = self._saved_by(snapshot)
-                self.state_queue.put(snapshot, pinned + self._state_policy.date(used, saved, hits))
+                date = self._state_policy.date(used, saved, hits, origin)
+                self.state_queue.put(snapshot, pinned + date)
             return
         saved = self._saved_by(snapshot)
-        self.tail_queue.put(snapshot, pinned + self._tail_policy.date(used, saved, hits))
+        self.tail_queue.put(snapshot, pinned + self._tail_policy.date(used, saved, hits, origin))
         if snapshot.kv_pages:
-            self.kv_queue.put(snapshot, pinned + self._kv_policy.date(used, saved, hits))
+            self.kv_queue.put(snapshot, pinned + self._kv_policy.date(used, saved, hits, origin))
 
     def consider(self, node: CacheNode) -> None:
         """Keys and values go from the leaves up: make a node a candidate if it is one."""
@@ -174,12 +176,13 @@ class CachedPrefixes:
             return
         point = node.points.get(node.end)
         saved = hits = pinned = 0
+        origin = Origin.PROMPT
         if point is not None:
             # Without a state at its end nobody can use a leaf's keys and values. With one, each
             # page saves the tokens that it holds, whatever the length of the leaf.
-            saved, hits = self.grid, point.hits
+            saved, hits, origin = self.grid, point.hits, point.origin
             pinned = self._pin_ticks * bool(point.pinned)
-        self.kv_queue.put(node, pinned + self._kv_policy.date(node.last_used, saved, hits))
+        self.kv_queue.put(node, pinned + self._kv_policy.date(node.last_used, saved, hits, origin))
 
     def lock_path(self, node: CacheNode) -> None:
         self.locked_kv_pages += self.tree.lock(node) * self.pages_per_unit
@@ -219,6 +222,18 @@ class CachedPrefixes:
         if isinstance(snapshot, Point):
             self.forget_if_empty(snapshot.node)
 
+    def count_use(self, snapshot: Snapshot) -> None:
+        """A prompt goes on from it."""
+        if isinstance(snapshot, Tail):
+            self._tail_policy.used(snapshot.hits, snapshot.origin)
+            snapshot.hits += 1
+            snapshot = snapshot.point
+        if snapshot.state is not None:
+            self._state_policy.used(snapshot.hits, snapshot.origin)
+            if self.pages_per_unit:
+                self._kv_policy.used(snapshot.hits, snapshot.origin)
+            snapshot.hits += 1
+
     # -- taking away ----------------------------------------------------------------------------
 
     def drop_tail(self, tail: Tail) -> None:
@@ -246,7 +261,8 @@ class CachedPrefixes:
         point = self.state_queue.pop()
         if point is None:
             raise InvariantViolation("no state to evict, though some were counted")
-        self._state_policy.evicted(self.tick - point.last_used, self._saved_by(point), point.hits)
+        age, saved = self.tick - point.last_used, self._saved_by(point)
+        self._state_policy.evicted(age, saved, point.hits, point.origin)
         self._evict_point(point)
 
     def _evict_point(self, point: Point) -> None:
@@ -266,7 +282,7 @@ class CachedPrefixes:
         if tail is None:
             raise InvariantViolation("no tail to evict, though some were counted")
         age, saved = self.tick - tail.last_used, self._saved_by(tail)
-        self._tail_policy.evicted(age, saved, tail.hits)
+        self._tail_policy.evicted(age, saved, tail.hits, tail.origin)
         node = tail.point.node
         if self.offload is not None:
             self.offload.tail(tail, self.tree.hash_at(node, tail.point.position // self.grid))
@@ -289,9 +305,9 @@ class CachedPrefixes:
     def _evict_units(self, node: CacheNode, most: int) -> None:
         """Cut up to ``most`` units off a leaf, and none before a state that is inside it."""
         point = node.points.get(node.end)
-        saved, hits = (self.grid, point.hits) if point is not None else (0, 0)
-        self._kv_policy.evicted(self.tick - node.last_used, saved, hits)
         if point is not None:
+            age = self.tick - node.last_used
+            self._kv_policy.evicted(age, self.grid, point.hits, point.origin)
             self._evict_point(point)
         stop = max(node.points, default=node.first)
         end = max(stop, node.end - most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from bisect import bisect_left, insort
 from operator import attrgetter
 
@@ -13,6 +14,19 @@ from stateferry.prefix.radix_tree import Node, RadixTree
 Pages = tuple[int, ...]
 
 
+class Origin(enum.Enum):
+    """Why a snapshot was taken. How often those of one kind are used again depends on the traffic,
+    and is learned."""
+
+    PROMPT = "the end of a prompt"
+    TURN = "the end of a sequence"
+    BRANCH = "where prompts part"
+    HINT = "somebody expects to come back"
+    # Nobody is known to need them.
+    INTERVAL = "on the way through a prompt"
+    TRACKED = "on the way through an output"
+
+
 class Point:
     """A grid point that a sequence can be continued from: the state there, and the tails that begin
     there. The root's, at 0, has the zero state, which no slot is spent on.
@@ -20,11 +34,25 @@ class Point:
     ``final`` is what the sampler needs to choose the token after exactly this prefix, or None.
     """
 
-    __slots__ = ("alive", "final", "hits", "last_used", "locks", "node", "pinned", "state", "tails")
+    __slots__ = (
+        "alive",
+        "final",
+        "hits",
+        "last_used",
+        "locks",
+        "node",
+        "origin",
+        "pinned",
+        "state",
+        "tails",
+    )
 
-    def __init__(self, node: CacheNode, state: StateHandle | None) -> None:
+    def __init__(
+        self, node: CacheNode, state: StateHandle | None, origin: Origin = Origin.PROMPT
+    ) -> None:
         self.node = node
         self.state = state
+        self.origin = origin
         self.final: object | None = None
         # Sorted by their tokens.
         self.tails: list[Tail] = []
@@ -55,6 +83,7 @@ class Tail:
         "kv_pages",
         "last_used",
         "locks",
+        "origin",
         "page",
         "pinned",
         "point",
@@ -63,9 +92,16 @@ class Tail:
     )
 
     def __init__(
-        self, point: Point, tokens: bytes, page: int, kv_pages: Pages, stamp: int | None
+        self,
+        point: Point,
+        tokens: bytes,
+        page: int,
+        kv_pages: Pages,
+        stamp: int | None,
+        origin: Origin = Origin.PROMPT,
     ) -> None:
         self.point = point
+        self.origin = origin
         self.tokens = tokens
         self.page = page
         self.kv_pages = kv_pages

@@ -12,61 +12,88 @@ import math
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+from stateferry.cache.entries import Origin
+
 T = TypeVar("T")
 
-# How fast the value of a token is learned: the share of each eviction in the running mean.
+# How fast values are learned: the share of each eviction, or use, in the running means.
 _LEARNING_RATE = 0.05
-# Past uses count only so far: what was used very often may still go out of use.
-_MAX_HITS = 8
+# Entries that were used more often are taken for one kind.
+_MAX_HITS = 4
+# Before anything is known of a kind; and the least that it can fall to, so that it gets a chance.
+_FIRST_CHANCE, _LEAST_CHANCE = 0.5, 0.01
 
 
 class EvictionPolicy(Protocol):
     """Turns what is known of an entry into its date."""
 
-    def date(self, last_used: int, saved_tokens: int, hits: int) -> float:
+    def date(self, last_used: int, saved_tokens: int, hits: int, origin: Origin) -> float:
         """``saved_tokens`` are those that somebody would have to compute again without the
-        entry."""
+        entry, which was used ``hits`` times."""
 
-    def evicted(self, age: int, saved_tokens: int, hits: int) -> None:
+    def used(self, hits: int, origin: Origin) -> None:
+        """Learn from an entry that is used again, after ``hits`` times before."""
+
+    def evicted(self, age: int, saved_tokens: int, hits: int, origin: Origin) -> None:
         """Learn from what had to go, ``age`` ticks after it was last used."""
 
 
 class LruPolicy:
     """The date of the last use, whatever it is worth."""
 
-    def date(self, last_used: int, saved_tokens: int, hits: int) -> float:
+    def date(self, last_used: int, saved_tokens: int, hits: int, origin: Origin) -> float:
         return float(last_used)
 
-    def evicted(self, age: int, saved_tokens: int, hits: int) -> None:
+    def used(self, hits: int, origin: Origin) -> None:
+        pass
+
+    def evicted(self, age: int, saved_tokens: int, hits: int, origin: Origin) -> None:
         pass
 
 
 class ValuePolicy:
-    """Recency and compute saved per byte (the idea of Marconi, arXiv 2411.19379).
+    """Recency and compute saved per byte (the idea of Marconi, arXiv 2411.19379), times the chance
+    that an entry is used at all.
 
-    The chance that something is used again falls with the time since its last use, so what an
-    entry still promises is ``value / age``; all entries of one pool have the same bytes. It goes
-    when that falls below what memory is worth now, ``1 / ticks_per_value``, which is learned from
-    what was evicted: at the date ``last_used + ticks_per_value * value``. Time passing changes no
-    date, so a heap can keep them.
+    That chance is learned by why an entry was made and how often it was used: of those that came
+    so far, the share that was used once more before it had to go. It tells the end of a turn, which
+    the next turn goes on from once, from a preamble that everybody begins with.
+
+    What an entry still promises falls with the time since its last use: it is ``value / age``; all
+    entries of one pool have the same bytes. It goes when that falls below what memory is worth now,
+    ``1 / ticks_per_value``, which is learned from what was evicted: at the date ``last_used +
+    ticks_per_value * value``. Time passing changes no date, so a heap can keep them.
     """
 
     def __init__(self) -> None:
         self._ticks_per_value = 0.0
+        self._chances: dict[tuple[Origin, int], float] = {}
 
-    def date(self, last_used: int, saved_tokens: int, hits: int) -> float:
-        return last_used + self._ticks_per_value * _value(saved_tokens, hits)
+    def date(self, last_used: int, saved_tokens: int, hits: int, origin: Origin) -> float:
+        return last_used + self._ticks_per_value * self._value(saved_tokens, hits, origin)
 
-    def evicted(self, age: int, saved_tokens: int, hits: int) -> None:
-        value = _value(saved_tokens, hits)
+    def used(self, hits: int, origin: Origin) -> None:
+        self._learn(hits, origin, 1.0)
+
+    def evicted(self, age: int, saved_tokens: int, hits: int, origin: Origin) -> None:
+        value = self._value(saved_tokens, hits, origin)
+        self._learn(hits, origin, 0.0)
         if value:
             self._ticks_per_value += _LEARNING_RATE * (age / value - self._ticks_per_value)
 
+    def _value(self, saved_tokens: int, hits: int, origin: Origin) -> float:
+        # Long prompts are asked for again less often than short ones, so twice the tokens are less
+        # than twice the promise: the root did best of {none, log, root, linear} on a recorded
+        # trace.
+        return math.sqrt(saved_tokens) * self._chance(hits, origin)
 
-def _value(saved_tokens: int, hits: int) -> float:
-    # Long prompts are asked for again less often than short ones, so twice the tokens are less than
-    # twice the promise: the root did best of {none, log, root, linear} on a recorded trace.
-    return math.sqrt(saved_tokens) * (1 + min(hits, _MAX_HITS))
+    def _chance(self, hits: int, origin: Origin) -> float:
+        return self._chances.get((origin, min(hits, _MAX_HITS)), _FIRST_CHANCE)
+
+    def _learn(self, hits: int, origin: Origin, outcome: float) -> None:
+        chance = self._chance(hits, origin)
+        chance += _LEARNING_RATE * (outcome - chance)
+        self._chances[origin, min(hits, _MAX_HITS)] = max(chance, _LEAST_CHANCE)
 
 
 class EvictionQueue(Generic[T]):

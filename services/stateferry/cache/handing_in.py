@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stateferry.cache.entries import Origin
 from stateferry.cache.handles import TailHandle
 from stateferry.cache.headroom import Headroom
 from stateferry.cache.held import Held
-from stateferry.cache.hybrid_cache import HybridCache, PageCopy
+from stateferry.cache.hybrid_cache import HybridCache
 from stateferry.cache.insertion import Computed, Inserted
 from stateferry.cache.kv_pool import KvPool
-from stateferry.cache.lease import SequenceLease
+from stateferry.cache.page_copy import PageCopy
 from stateferry.core.errors import InvariantViolation
 
 
@@ -32,34 +33,40 @@ class HandingIn:
         self._stamp = 0
 
     def leave(self, held: Held) -> None:
-        """All of ``[0, position)``, as it lies: the sequence has ended, and takes no more steps."""
-        lease = held.lease
+        """All that it consumed, as it lies: the sequence has ended, and takes no more steps."""
+        lease, position = held.lease, held.num_known
+        if position < lease.position:
+            lease.rewind(position, self._grid)
         states = dict(lease.snapshots)
         if lease.state_slot in held.slots:
-            states[self._boundary(lease)] = lease.state_slot
-        whole, last = self._pages(lease)
-        rows = lease.position % self._grid
-        tail = self._prefixes.tail_handle(lease.tail_page, lease.position) if rows else None
-        self._insert(held, states, (*whole, *last), tail, goes_on=False)
+            states[self._boundary(held)] = lease.state_slot
+        whole, last = self._pages(held)
+        rows = position % self._grid
+        tail = self._prefixes.tail_handle(lease.tail_page, position) if rows else None
+        origin = Origin.TURN if position > held.prompt_len else Origin.PROMPT
+        self._insert(held, states, (*whole, *last), tail, origin, goes_on=False)
 
-    def share(self, held: Held) -> None:
+    def share(self, held: Held, origin: Origin) -> None:
         """The same of a sequence that goes on: it reads the cache's places from then on and writes
         to its own. Its last state and its tail need another of the kind, and stay out of the cache
-        where there is none."""
+        where there is none.
+
+        A step of the sequence that is in flight may be past ``num_known``, but not past the next
+        grid point. What is freed here it may still read: that is written by later launches only."""
         lease = held.lease
         states = dict(lease.snapshots)
         spare = None
-        if lease.state_slot in held.slots and self._boundary(lease) not in states:
+        if lease.state_slot in held.slots and self._boundary(held) not in states:
             spare = self._spare_slot(held)
             if spare is not None:
-                states[self._boundary(lease)] = lease.state_slot
-        pages, last = self._pages(lease)
+                states[self._boundary(held)] = lease.state_slot
+        pages, last = self._pages(held)
         tail = None
-        if lease.position % self._grid:
+        if held.num_known % self._grid:
             copied = self._copy_end(held, last)
             if copied is not None:
                 tail, pages = copied[0], (*pages, *copied[1])
-        result = self._insert(held, states, pages, tail, goes_on=True)
+        result = self._insert(held, states, pages, tail, origin, goes_on=True)
         # The tail is a copy, which the sequence does not read.
         self._prefixes.release_tail(held.hold)
         self._go_on(held, result, spare)
@@ -70,6 +77,7 @@ class HandingIn:
         states: Mapping[int, int],
         pages: tuple[int, ...],
         tail: TailHandle | None,
+        origin: Origin,
         *,
         goes_on: bool,
     ) -> Inserted:
@@ -79,7 +87,7 @@ class HandingIn:
         self._stamp += 1
         new = Computed(
             namespace=held.namespace,
-            key=lease.tokens[: lease.position].tobytes(),
+            key=lease.tokens[: held.num_known].tobytes(),
             owner=held.request_id,
             kv_pages=pages,
             states=[
@@ -88,18 +96,20 @@ class HandingIn:
             ],
             tail=None if tail is None else tail.written(self._stamp),
             final=lease.final,
+            origin=origin,
+            origins=held.origins,
         )
         result = cache.insert(new, hold=held.hold if goes_on else None)
         held.settle(tail, result)
         return result
 
-    def _boundary(self, lease: SequenceLease) -> int:
-        return lease.position // self._grid * self._grid
+    def _boundary(self, held: Held) -> int:
+        return held.num_known // self._grid * self._grid
 
-    def _pages(self, lease: SequenceLease) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _pages(self, held: Held) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """KV pages of the whole grid intervals, and those of the tail."""
-        whole = self._kv.pages_for(self._boundary(lease))
-        return lease.kv_pages[:whole], lease.kv_pages[whole : self._kv.pages_for(lease.position)]
+        pages, whole = held.lease.kv_pages, self._kv.pages_for(self._boundary(held))
+        return pages[:whole], pages[whole : self._kv.pages_for(held.num_known)]
 
     def _spare_slot(self, held: Held) -> int | None:
         """The extra buffer: taken before the state is given away."""
@@ -128,14 +138,15 @@ class HandingIn:
         [tail_page] = grant.tail_pages
         held.tails.add(tail_page)
         held.pages.update(grant.kv_pages)
-        rows = lease.position % self._grid
+        position = held.num_known
+        rows = position % self._grid
         self._copies += cache.end_copies(rows, lease.tail_page, tail_page, last, grant.kv_pages)
-        return cache.tail_handle(tail_page, lease.position), grant.kv_pages
+        return cache.tail_handle(tail_page, position), grant.kv_pages
 
     def _go_on(self, held: Held, result: Inserted, spare: int | None) -> None:
         """Point the lease at the cache's places, and give back what it has no use for."""
         lease = held.lease
-        lease.state_slot = result.states.get(self._boundary(lease), lease.state_slot)
+        lease.state_slot = result.states.get(self._boundary(held), lease.state_slot)
         own = [slot for slot in (*lease.slots, spare) if slot in held.slots]
         lease.slots = (own[0], own[1])
         lease.snapshot_slots, lease.snapshots = {}, {}

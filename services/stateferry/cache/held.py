@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from stateferry.cache.entries import Origin
 from stateferry.cache.handles import TailHandle
 from stateferry.cache.hybrid_cache import Hold
 from stateferry.cache.insertion import Inserted
@@ -22,13 +23,23 @@ class Held:
     pages: set[int]
     hold: Hold
     namespace: bytes = b""
+    prompt_len: int = 0
     resumed_tokens: int = 0
     is_spoilt: bool = False
+    # Why states are kept that are on the way.
+    origins: dict[int, Origin] = field(default_factory=dict)
 
     @property
     def is_kept(self) -> bool:
         """Whether what it computed may go to the cache."""
         return self.lease.tokens is not None and not self.is_spoilt
+
+    @property
+    def num_known(self) -> int:
+        """Tokens consumed of which it is known what they were: all but those of decode steps that
+        have not come back, or that were one too many."""
+        tokens = self.lease.tokens
+        return self.lease.position if tokens is None else min(self.lease.position, len(tokens))
 
     def settle(self, tail: TailHandle | None, result: Inserted) -> None:
         """What the cache took over is its own no more."""

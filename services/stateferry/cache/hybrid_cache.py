@@ -1,7 +1,7 @@
 """Prefixes that can be resumed: ``match -> lock -> insert -> unlock -> evict``.
 
-One event loop calls everything here, between steps; nothing blocks and nothing touches a tensor.
-What has to be copied is returned as a list for whoever owns the stream.
+One event loop calls everything here; nothing blocks and nothing touches a tensor. What has to be
+copied is left in a list, or returned as one, for whoever owns the stream.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from stateferry.cache.cache_checks import check_cache
 from stateferry.cache.cache_counters import CacheCounters
@@ -17,9 +16,10 @@ from stateferry.cache.cached_prefixes import CachedPrefixes, CachePools
 from stateferry.cache.entries import CacheNode, Pages, Point, Snapshot, Tail
 from stateferry.cache.eviction import EvictionPolicy, LruPolicy, ValuePolicy
 from stateferry.cache.handles import StateHandle, TailHandle
-from stateferry.cache.host_tier import HostOffload, HostTier
+from stateferry.cache.host_tier import HostOffload, HostStore, PlaceBytes
 from stateferry.cache.insertion import Computed, Inserted, insert
 from stateferry.cache.lookup import Match, look_up
+from stateferry.cache.page_copy import PageCopy as PageCopy
 from stateferry.cache.restore import restore
 from stateferry.cache.slots import Occupancy
 from stateferry.core.errors import InvariantViolation
@@ -32,12 +32,14 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"value": ValuePolicy, "lru
 class CacheOptions:
     """``eviction`` is "value" or "lru". ``max_states_per_path`` bounds the states from the root to
     any leaf, 0 does not. The last snapshot of a session, one of ``max_sessions``, goes
-    ``session_pin_ticks`` lookups and inserts later than it would."""
+    ``session_pin_ticks`` lookups and inserts later than it would. What is evicted lives on in
+    ``host_bytes`` of host memory."""
 
     eviction: str = "value"
     max_states_per_path: int = 0
     max_sessions: int = 4096
     session_pin_ticks: int = 1024
+    host_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -52,16 +54,6 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy the first ``rows`` places of a page, on all layers, before the next launch."""
-
-    kind: Literal["tail", "kv"]
-    source: int
-    target: int
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
 class Grant:
     """Ids that belong to whoever asked."""
 
@@ -72,7 +64,8 @@ class Grant:
 
 class HybridCache:
     """Over pools that running sequences are leased from as well. ``page_tokens`` is how much of a
-    sequence one KV page holds, None for a model without attention."""
+    sequence one KV page holds, None for a model without attention. What moves to host memory and
+    back is asked for in ``copies``, behind what is there; ``sizes`` say what it takes there."""
 
     def __init__(
         self,
@@ -82,14 +75,21 @@ class HybridCache:
         page_tokens: int | None,
         layout: str,
         options: CacheOptions | None = None,
-        host: HostTier | None = None,
+        copies: list[PageCopy] | None = None,
+        sizes: PlaceBytes | None = None,
     ) -> None:
         options = options or CacheOptions()
+        copies = [] if copies is None else copies
         self.pools = pools
         self.grid = grid
         self.layout = layout
         self.counters = CacheCounters()
-        self._host = host
+        self.host: HostStore | None = None
+        offload = None
+        if options.host_bytes and sizes is not None:
+            self.host = HostStore(options.host_bytes, self.counters)
+            offload = HostOffload(self.host, copies, sizes, page_tokens, self.counters)
+        self._copies = copies
         self._page_tokens = page_tokens
         self._options = options
         self._sessions: OrderedDict[str, Snapshot] = OrderedDict()
@@ -101,7 +101,7 @@ class HybridCache:
             new_policy=_POLICIES[options.eviction],
             pin_ticks=options.session_pin_ticks,
             counters=self.counters,
-            offload=HostOffload(host, page_tokens) if host is not None else None,
+            offload=offload,
         )
 
     # -- handles --------------------------------------------------------------------------------
@@ -159,11 +159,11 @@ class HybridCache:
             pool.free(ids)
 
     def restore(self, namespace: bytes, key: bytes) -> int:
-        """Copy back from host memory what lets a prompt resume deeper; to be called before
-        ``match``. Returns how many tokens deeper. No step may be in flight."""
-        if self._host is None:
+        """Bring back from host memory what lets a prompt resume deeper; to be called before
+        ``match``. Returns how many tokens deeper."""
+        if self.host is None:
             return 0
-        return restore(self._prefixes, self._host, namespace, key)
+        return restore(self._prefixes, self.host, self._copies, namespace, key)
 
     # -- match, lock, unlock --------------------------------------------------------------------
 
@@ -293,7 +293,7 @@ class HybridCache:
         used, c = match.tail or match.point, self.counters
         if used is not None:
             # Not when locking: a request that waits for memory locks again and again.
-            used.hits += 1
+            self._prefixes.count_use(used)
         c.lookups += 1
         c.prompt_tokens += match.num_tokens
         c.boundary_hit_tokens += match.position - match.tail_rows

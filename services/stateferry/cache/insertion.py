@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stateferry.cache.cached_prefixes import CachedPrefixes
 from stateferry.cache.entries import (
     CacheNode,
+    Origin,
     Pages,
     Point,
     Snapshot,
@@ -29,7 +30,7 @@ class Computed:
     ``kv_pages`` holds the keys and values of all of ``key``, in order (empty: no attention); pages
     that came from the cache are in their place. ``tail``, and the page its keys and values are in,
     may only be handed in by who will not write to them again. ``final`` belongs to the end of
-    ``key``.
+    ``key``. ``origin`` says why that end is kept, ``origins`` why other positions are.
     """
 
     namespace: bytes
@@ -39,6 +40,8 @@ class Computed:
     states: Sequence[StateHandle] = ()
     tail: TailHandle | None = None
     final: object | None = None
+    origin: Origin = Origin.PROMPT
+    origins: Mapping[int, Origin] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -180,11 +183,14 @@ def _insert_state(
     node = next(node for node in path if node.first < unit <= node.end)
     point = node.points.get(unit)
     if point is None:
-        point = node.points[unit] = Point(node, state)
+        origin = new.origins.get(state.position, new.origin)
+        point = node.points[unit] = Point(node, state, origin)
         prefixes.pools.state_slots.move((state.slot,), new.owner, CACHE_OWNER)
         prefixes.counters.states_inserted += 1
         result.taken_slots += (state.slot,)
     else:
+        if not point.hits:
+            point.origin = new.origins.get(state.position, new.origin)
         prefixes.counters.states_duplicate += 1
         result.duplicate_slots += (state.slot,)
     prefixes.touch(point)
@@ -237,7 +243,7 @@ def _add_tail(
         prefixes.counters.kv_pages_inserted += len(kv_pages)
     prefixes.pools.tail_pages.move((handle.page,), new.owner, CACHE_OWNER)
     prefixes.counters.tails_inserted += 1
-    tail = Tail(point, tokens, handle.page, kv_pages, handle.stamp)
+    tail = Tail(point, tokens, handle.page, kv_pages, handle.stamp, new.origin)
     for shorter in tails_within(point.tails, tokens):
         tail.finals |= shorter.finals
         tail.hits = max(tail.hits, shorter.hits)

@@ -13,9 +13,9 @@ from stateferry_kernels.layer_state import ZERO_SLOT
 class SequenceLease:
     """Two state slots, one tail page and all KV pages, held from admission to the end.
 
-    ``position`` tokens have been consumed. ``state_slot`` holds the state at the last grid point
-    and is never written again; ``next_slot`` is the fresh place of the next one. Passing a grid
-    point swaps them::
+    ``position`` tokens have been consumed, or will have been once the launches that were planned
+    have run. ``state_slot`` holds the state at the last grid point and is never written again;
+    ``next_slot`` is the fresh place of the next one. Passing a grid point swaps them::
 
         [0, grid_point)          folded into state_slot
         [grid_point, position)   rows of tail_page
@@ -25,9 +25,9 @@ class SequenceLease:
     empty for a model without attention.
 
     ``snapshot_slots`` are for grid points on the way whose states are to be kept, besides the last
-    one; ``snapshots`` those of them that have been written. ``tokens`` are those consumed or about
-    to be, None where nobody keeps them. ``final`` is what the token after a whole prompt follows
-    from, once it is known.
+    one; ``snapshots`` those of them that have been written. ``tokens`` are the prompt and then each
+    output token once a step has come back that consumed it; None where nobody keeps them. ``final``
+    is what the token after a whole prompt follows from, once it is known.
     """
 
     tail_page: int
@@ -39,6 +39,8 @@ class SequenceLease:
     snapshots: dict[int, int] = field(default_factory=dict)
     tokens: array[int] | None = None
     final: object | None = None
+    # Where the state was before the last grid point was passed.
+    _slot_before: int = field(init=False, default=ZERO_SLOT)
 
     @property
     def next_slot(self) -> int:
@@ -54,19 +56,22 @@ class SequenceLease:
         return (*kept, (last, self.snapshot_slots.get(last, self.next_slot)))
 
     def advance(self, num_tokens: int, grid: int) -> None:
-        """Consume tokens, once a launch has written what ``writes`` says."""
+        """Consume tokens, by a launch that writes what ``writes`` says."""
         writes = self.writes(num_tokens, grid)
         self.position += num_tokens
         for position, slot in writes:
             if position in self.snapshot_slots:
                 self.snapshots[position] = slot
         if writes:
+            self._slot_before = self.state_slot
             self.state_slot = writes[-1][1]
 
-    def note_token(self, token_id: int) -> None:
-        """``token_id`` is what the sequence consumes next."""
-        if self.tokens is not None and len(self.tokens) == self.position:
-            self.tokens.append(token_id)
+    def rewind(self, position: int, grid: int) -> None:
+        """Back to where the sequence was one decode step before: what that wrote lies behind the
+        rows that are read from now on, and in a slot that is nobody's state."""
+        if position // grid != self.position // grid:
+            self.state_slot = self._slot_before
+        self.position = position
 
     def adopt(self, position: int, grid: int) -> None:
         """Take over a sequence whose state is about to be copied in from another worker."""

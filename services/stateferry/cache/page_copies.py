@@ -6,47 +6,46 @@ from collections.abc import Iterable
 
 import torch
 
-from stateferry.cache.host_tier import Kind
-from stateferry.cache.hybrid_cache import PageCopy
+from stateferry.cache.page_copy import HostBlob, Kind, PageCopy
 from stateferry.cache.pools import SequencePools
+from stateferry.core.errors import InvariantViolation
 
 
 def run_copies(pools: SequencePools, copies: Iterable[PageCopy]) -> None:
-    """Do what a sequence that resumes in the middle of an interval needs, on the current stream
-    and before the launch that reads it. Mutates the targets."""
+    """Do what sequences need that resume in the middle of an interval, and what moves to host
+    memory or back, on the current stream and before the launch that reads or overwrites it.
+    Mutates the targets; waits for copies to host memory."""
     for copy in copies:
-        if copy.kind == "tail":
-            pools.states.copy_tail(copy.source, copy.target, copy.rows)
+        source, target = copy.source, copy.target
+        if isinstance(source, HostBlob):
+            assert not isinstance(target, HostBlob)
+            _bring_in(_parts(pools, copy.kind, target, copy.rows), source)
+        elif isinstance(target, HostBlob):
+            parts = _parts(pools, copy.kind, source, copy.rows)
+            target.content = tuple(_host_copy(part) for part in parts)
+        elif copy.kind == "tail":
+            pools.states.copy_tail(source, target, copy.rows)
         else:
-            pools.kv.copy_page(copy.source, copy.target, copy.rows)
+            assert copy.kind == "kv"
+            pools.kv.copy_page(source, target, copy.rows)
 
 
-class TensorCopier:
-    """Moves states, tails and KV pages between the pools and tensors in host memory."""
-
-    def __init__(self, pools: SequencePools) -> None:
-        self._pools = pools
-
-    def save(self, kind: Kind, number: int, rows: int) -> tuple[object, int]:
-        """As in HostCopier. Waits for the copy."""
-        parts = self._parts(kind, number, rows)
-        saved = tuple(torch.empty_like(p, device="cpu", memory_format=_PACKED) for p in parts)
-        for part, place in zip(parts, saved, strict=True):
-            place.copy_(part)
-        return saved, sum(place.nbytes for place in saved)
-
-    def load(self, kind: Kind, number: int, rows: int, blob: object) -> None:
-        """As in HostCopier."""
-        assert isinstance(blob, tuple)
-        for part, saved in zip(self._parts(kind, number, rows), blob, strict=True):
-            part.copy_(saved)
-
-    def _parts(self, kind: Kind, number: int, rows: int) -> list[torch.Tensor]:
-        if kind == "state":
-            return self._pools.states.slot_tensors(number)
-        if kind == "tail":
-            return self._pools.states.tail_tensors(number, rows)
-        return [self._pools.kv.page_tensor(number, rows)]
+def _bring_in(parts: list[torch.Tensor], blob: HostBlob) -> None:
+    if blob.content is None:
+        raise InvariantViolation("what was never copied to host memory cannot come back")
+    assert isinstance(blob.content, tuple)
+    for part, saved in zip(parts, blob.content, strict=True):
+        part.copy_(saved)
 
 
-_PACKED = torch.contiguous_format
+def _host_copy(part: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(part, device="cpu", memory_format=torch.contiguous_format).copy_(part)
+
+
+def _parts(pools: SequencePools, kind: Kind, number: int, rows: int) -> list[torch.Tensor]:
+    """What lies in a place, as views."""
+    if kind == "state":
+        return pools.states.slot_tensors(number)
+    if kind == "tail":
+        return pools.states.tail_tensors(number, rows)
+    return [pools.kv.page_tensor(number, rows)]

@@ -1,15 +1,26 @@
-"""Bringing back from the host tier what a prompt can use."""
+"""Bringing back from the host tier what a prompt can use.
+
+It enters the tree at once, and its bytes come with the next launch: before anybody can read them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from stateferry.cache.cached_prefixes import CachedPrefixes
-from stateferry.cache.entries import CacheNode, Pages, Point, Tail, common_tokens
+from stateferry.cache.entries import (
+    CacheNode,
+    Pages,
+    Point,
+    Tail,
+    common_tokens,
+    tails_covering,
+)
 from stateferry.cache.handles import StateHandle, TailHandle
-from stateferry.cache.host_tier import HostEntry, HostKey, HostTier, page_rows
+from stateferry.cache.host_tier import HostEntry, HostKey, HostStore, page_rows
 from stateferry.cache.insertion import Computed, Inserted, insert
 from stateferry.cache.lookup import Match, look_up
+from stateferry.cache.page_copy import Kind, PageCopy
 from stateferry.cache.slots import in_transfer
 from stateferry.core.errors import InvariantViolation
 from stateferry.prefix.prefix_hash import TOKEN_BYTES, chain_hashes
@@ -26,25 +37,28 @@ class _Found:
     kv: list[HostEntry]
 
 
-def restore(prefixes: CachedPrefixes, host: HostTier, namespace: bytes, key: bytes) -> int:
-    """Copy back the deepest state of a prompt that is only in host memory, with the keys and values
-    before it, and the tail after it; evicts what it takes, and does nothing where that is not
-    enough. Returns how many tokens more can be resumed. Mutates the pools."""
+def restore(
+    prefixes: CachedPrefixes, host: HostStore, copies: list[PageCopy], namespace: bytes, key: bytes
+) -> int:
+    """Bring back the deepest state of a prompt that is only in host memory, with the keys and
+    values before it, and the tail after it; evicts what it takes, and does nothing where that is
+    not enough. Returns how many tokens more can be resumed. What is to be copied is added to
+    ``copies``."""
     hashes = chain_hashes(namespace, key, prefixes.grid)
     before = look_up(prefixes, namespace, key)
     match = before
     found = _find_state(prefixes, host, hashes, match)
-    if found is not None and _restore_state(prefixes, host, namespace, key, found):
+    if found is not None and _restore_state(prefixes, copies, namespace, key, found):
         match = look_up(prefixes, namespace, key)
     unit = (match.position - match.tail_rows) // prefixes.grid
     link = hashes[unit - 1] if unit else namespace
-    if _restore_tail(prefixes, host, namespace, key, link, match):
+    if _restore_tail(prefixes, host, copies, namespace, key, link, match):
         match = look_up(prefixes, namespace, key)
     return match.position - before.position
 
 
 def _find_state(
-    prefixes: CachedPrefixes, host: HostTier, hashes: list[bytes], match: Match
+    prefixes: CachedPrefixes, host: HostStore, hashes: list[bytes], match: Match
 ) -> _Found | None:
     grid = prefixes.grid
     have = (match.position - match.tail_rows) // grid
@@ -67,25 +81,30 @@ def _find_state(
 
 
 def _restore_state(
-    prefixes: CachedPrefixes, host: HostTier, namespace: bytes, key: bytes, found: _Found
+    prefixes: CachedPrefixes, copies: list[PageCopy], namespace: bytes, key: bytes, found: _Found
 ) -> bool:
     grid, pools, k = prefixes.grid, prefixes.pools, prefixes.pages_per_unit
     key = key[: found.unit * prefixes.tree.unit_bytes]
-    node, known = _path(prefixes, namespace, key)
+    final = found.state.finals.get(0)
+    node, units, known = _path(prefixes, namespace, key)
+    # The node may go on, with other tokens, behind what the key shares with it.
+    point = node.points.get(found.unit) if units == found.unit else None
+    if point is not None:
+        # Computed again meanwhile, by somebody who did not ask for what follows.
+        point.final = final
+        return True
     if not _make_room(prefixes, node, None, 1, 0, len(found.kv) * k):
         return False
     slots = pools.state_slots.allocate(1, _OWNER)
     pages = pools.kv_pages.allocate(len(found.kv) * k, _OWNER)
     assert slots is not None and pages is not None
-    host.copier.load("state", slots[0], 0, found.state.blobs[0])
-    rows = grid // k if k else 0
-    blobs = [blob for entry in found.kv for blob in entry.blobs]
-    for page, blob in zip(pages, blobs, strict=True):
-        host.copier.load("kv", page, rows, blob)
+    _bring(prefixes, copies, found.state, [("state", slots[0], 0)])
+    for number, entry in enumerate(found.kv):
+        unit_pages = pages[number * k : (number + 1) * k]
+        _bring(prefixes, copies, entry, page_rows(unit_pages, grid, grid // k))
     generation = pools.state_slots.generation(slots[0])
     state = StateHandle(slots[0], generation, found.unit * grid, prefixes.layout, found.state.stamp)
-    kv_pages, final = (*known, *pages), found.state.finals.get(0)
-    _insert(prefixes, Computed(namespace, key, _OWNER, kv_pages, (state,), None, final))
+    _insert(prefixes, Computed(namespace, key, _OWNER, (*known, *pages), (state,), None, final))
     prefixes.counters.states_restored += 1
     prefixes.counters.kv_pages_restored += len(pages)
     return True
@@ -93,7 +112,8 @@ def _restore_state(
 
 def _restore_tail(
     prefixes: CachedPrefixes,
-    host: HostTier,
+    host: HostStore,
+    copies: list[PageCopy],
     namespace: bytes,
     key: bytes,
     link: bytes,
@@ -102,30 +122,25 @@ def _restore_tail(
     """The tail in host memory that reaches further than the one in the tree."""
     grid, pools, k = prefixes.grid, prefixes.pools, prefixes.pages_per_unit
     begin = match.position - match.tail_rows
-    rest, left = key[begin * TOKEN_BYTES :], match.num_tokens - begin
-    best, best_rows = b"", match.tail_rows
-    for tokens in host.tails_at(link):
-        rows = min(common_tokens(tokens, rest), left - 1)
-        entry = host.get(HostKey("tail", link, tokens)) if tokens.startswith(rest) else None
-        if entry is not None and left in entry.finals:
-            rows = left
-        if rows > best_rows:
-            best, best_rows = tokens, rows
+    best = _find_tail(host, link, key[begin * TOKEN_BYTES :], match.num_tokens - begin, match)
     entry = host.get(HostKey("tail", link, best)) if best else None
     if entry is None:
         return False
+    covering = tails_covering(match.point.tails, best) if match.point is not None else []
+    if covering:
+        # Computed again meanwhile, by somebody who did not ask for what follows.
+        covering[0].finals |= entry.finals
+        return True
     num_pages = len(entry.blobs) - 1
-    node, known = _path(prefixes, namespace, key[: begin * TOKEN_BYTES])
+    node, _, known = _path(prefixes, namespace, key[: begin * TOKEN_BYTES])
     if not _make_room(prefixes, node, match.point, 0, 1, num_pages):
         return False
     tails = pools.tail_pages.allocate(1, _OWNER)
     pages = pools.kv_pages.allocate(num_pages, _OWNER)
     assert tails is not None and pages is not None
     rows = len(best) // TOKEN_BYTES
-    host.copier.load("tail", tails[0], rows, entry.blobs[0])
-    parts = page_rows(pages, rows, grid // k if k else None)
-    for (_, page, filled), blob in zip(parts, entry.blobs[1:], strict=True):
-        host.copier.load("kv", page, filled, blob)
+    places: list[tuple[Kind, int, int]] = [("tail", tails[0], rows)]
+    _bring(prefixes, copies, entry, places + page_rows(pages, rows, grid // k if k else None))
     generation = pools.tail_pages.generation(tails[0])
     tail = TailHandle(tails[0], generation, begin, rows, prefixes.layout, entry.stamp)
     whole = key[: begin * TOKEN_BYTES] + best
@@ -138,6 +153,34 @@ def _restore_tail(
     return True
 
 
+def _find_tail(host: HostStore, link: bytes, rest: bytes, left: int, match: Match) -> bytes:
+    """The tokens of the tail that most of ``rest``, ``left`` tokens, can be resumed from; empty
+    where none beats the match."""
+    best, best_rows = b"", match.tail_rows
+    for tokens in host.tails_at(link):
+        rows = min(common_tokens(tokens, rest), left - 1)
+        entry = host.get(HostKey("tail", link, tokens)) if tokens.startswith(rest) else None
+        if entry is not None and left in entry.finals:
+            rows = left
+        if rows > best_rows:
+            best, best_rows = tokens, rows
+    return best
+
+
+def _bring(
+    prefixes: CachedPrefixes,
+    copies: list[PageCopy],
+    entry: HostEntry,
+    places: list[tuple[Kind, int, int]],
+) -> None:
+    """Ask for an entry's bytes in ``places``: kind, number and filled rows of each."""
+    copies += [
+        PageCopy(kind, blob, number, rows)
+        for (kind, number, rows), blob in zip(places, entry.blobs, strict=True)
+    ]
+    prefixes.counters.host_restored_bytes += entry.size_bytes
+
+
 def _insert(prefixes: CachedPrefixes, new: Computed) -> Inserted:
     prefixes.tick += 1
     result = insert(prefixes, new)
@@ -146,14 +189,14 @@ def _insert(prefixes: CachedPrefixes, new: Computed) -> Inserted:
     return result
 
 
-def _path(prefixes: CachedPrefixes, namespace: bytes, key: bytes) -> tuple[CacheNode, Pages]:
-    """The last node on the way along ``key``, and all KV pages up to where they part."""
+def _path(prefixes: CachedPrefixes, namespace: bytes, key: bytes) -> tuple[CacheNode, int, Pages]:
+    """The last node on the way along ``key``, how many units they share, and their KV pages."""
     root = prefixes.tree.root(namespace)
     if root is None:
         root = prefixes.plant(namespace)
     walk = prefixes.tree.walk(root, key, len(key) // prefixes.tree.unit_bytes)
     pages = [page for node in walk.path for span in node.spans for page in span]
-    return walk.node, tuple(pages[: walk.units * prefixes.pages_per_unit])
+    return walk.node, walk.units, tuple(pages[: walk.units * prefixes.pages_per_unit])
 
 
 def _make_room(

@@ -13,7 +13,7 @@ from stateferry.prefix.state_tracking import StateStrategy, StateTracking
 class Reuse:
     """``weights`` and ``layout`` are fingerprints: states of others are never shared. States are
     kept every ``interval`` tokens of a prompt, a multiple of the grid, 0 for none, but no more than
-    ``max_snapshots`` of one prompt."""
+    ``max_snapshots`` of one prompt: with 0 not even where it parts from others."""
 
     is_on: bool
     weights: str

@@ -16,6 +16,9 @@ from stateferry_kernels.layer_state import StateGeometry
 
 SLOTS_PER_SEQUENCE = 2
 TAIL_PAGES_PER_SEQUENCE = 1
+# A cached tail saves less than one grid interval, a state all that is before it: tails get as much
+# memory as leaves nearly all of it to states.
+_STATES_PER_TAIL = 8
 
 
 def size_pools(
@@ -28,12 +31,12 @@ def size_pools(
     max_context_tokens: int,
     budget_bytes: int,
     cache_bytes: int = 0,
-    tokens_per_state: int = 512,
+    tokens_per_state: int = 384,
 ) -> PoolSizes:
     """Pools of at most ``budget_bytes``: recurrent state for as many sequences as wanted, KV pages
     for all of them at full length, or for as many tokens as the rest of the budget holds, and of
-    what is left then ``cache_bytes`` for what is cached: two states and a tail for every
-    2 * ``tokens_per_state`` tokens of keys and values.
+    what is left then ``cache_bytes`` for what is cached: a state for every ``tokens_per_state``
+    tokens of keys and values, and a tail for every eighth of them.
 
     One sequence of ``max_context_tokens`` always fits, so that an empty worker can take any request
     that is within the limits. Raises ConfigError naming what it would take.
@@ -60,14 +63,22 @@ def size_pools(
         left = budget_bytes - slot_bytes - sequences * sequence_bytes
         kv_pages = min(kv_pages, left // page_bytes)
     left = budget_bytes - slot_bytes - sequences * sequence_bytes - kv_pages * page_bytes
-    cached_pages = pages_for(kv_geometry, page_tokens, 2 * tokens_per_state)
-    share_bytes = 2 * slot_bytes + tail_bytes + cached_pages * page_bytes
-    shares = max(min(left, cache_bytes), 0) // share_bytes
+    for_cache = max(min(left, cache_bytes), 0)
+    kv_bytes = pages_for(kv_geometry, page_tokens, _STATES_PER_TAIL * tokens_per_state) * page_bytes
+    share_bytes = _STATES_PER_TAIL * slot_bytes + tail_bytes + kv_bytes
+    # Parts of a share as well: at most a tail and a page too much, for which a state or so goes.
+    states = _STATES_PER_TAIL * for_cache // share_bytes
+    while True:
+        tails = -(-states // _STATES_PER_TAIL)
+        cached_pages = pages_for(kv_geometry, page_tokens, states * tokens_per_state)
+        if states * slot_bytes + tails * tail_bytes + cached_pages * page_bytes <= for_cache:
+            break
+        states -= 1
     return PoolSizes(
         sequences=sequences,
-        state_slots=1 + sequences * SLOTS_PER_SEQUENCE + 2 * shares,
-        tail_pages=sequences * TAIL_PAGES_PER_SEQUENCE + shares,
-        kv_pages=kv_pages + shares * cached_pages,
+        state_slots=1 + sequences * SLOTS_PER_SEQUENCE + states,
+        tail_pages=sequences * TAIL_PAGES_PER_SEQUENCE + tails,
+        kv_pages=kv_pages + cached_pages,
         kv_page_tokens=page_tokens,
         state_slot_bytes=slot_bytes,
         tail_page_bytes=tail_bytes,

@@ -4,8 +4,12 @@ A sequence gets all its memory at admission, so that a running one can never lac
 resumes from what is cached of it; what it computed is left to the cache when it ends, and as it
 goes where that costs a slot that can be had::
 
-    resume -> (steps) -> publish -> (steps, track) -> release
-    reserve -> (state arrives from elsewhere, steps) -> release
+    resume -> (steps) -> publish -> (steps, consumed) -> release
+    reserve -> (state arrives from elsewhere) -> adopt -> (steps, consumed) -> release
+
+These are books only, and may be kept while launches run. It holds together because all that reads
+or writes the pools runs in the order in which it was planned, one after the other: what is freed
+is written again by launches alone that come after all that could still read it.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ from array import array
 from dataclasses import dataclass, field
 
 from stateferry.cache.cached_prefixes import CachePools
+from stateferry.cache.entries import Origin
 from stateferry.cache.handing_in import HandingIn
 from stateferry.cache.headroom import Headroom
 from stateferry.cache.held import Held
-from stateferry.cache.hybrid_cache import Hold, HybridCache, PageCopy
+from stateferry.cache.host_tier import PlaceBytes
+from stateferry.cache.hybrid_cache import Hold, HybridCache
 from stateferry.cache.lease import SequenceLease
 from stateferry.cache.lookup import Match
+from stateferry.cache.page_copy import PageCopy
 from stateferry.cache.pools import SequencePools
 from stateferry.cache.reuse import NO_REUSE, Reuse
 from stateferry.cache.sizing import SLOTS_PER_SEQUENCE, TAIL_PAGES_PER_SEQUENCE
@@ -34,8 +41,8 @@ from stateferry_kernels.layer_state import ZERO_SLOT
 
 @dataclass(slots=True)
 class StateCache:
-    """Everything is called by one event loop, between steps. The page copies that are due are to be
-    made before the next launch, whosever it is (``take_copies``)."""
+    """Everything is called by one event loop. The page copies that are due are to be made before
+    the next launch, whosever it is (``take_copies``)."""
 
     pools: SequencePools
     sizes: PoolSizes
@@ -60,6 +67,8 @@ class StateCache:
             page_tokens=self.pools.kv.page_tokens if has_kv else None,
             layout=self.reuse.layout,
             options=self.reuse.options,
+            copies=self._copies,
+            sizes=self._place_bytes(),
         )
         self._headroom = Headroom(self.prefixes, self.sizes.sequences, self._held)
         self._handing_in = HandingIn(self.prefixes, self.pools.kv, self._headroom, self._copies)
@@ -82,21 +91,42 @@ class StateCache:
         namespace = self.reuse.namespace(request.cache_salt)
         # Every row's logits are wanted where the prompt is scored.
         looks = self.reuse.is_on and request.scores is None
-        match = self.prefixes.match(namespace, key) if looks else Match(request.prompt_len)
+        match = Match(request.prompt_len)
+        if looks:
+            match = self._restored_match(namespace, key, num_tokens)
         hold = self.prefixes.lock(match)
         if not self._lease(request.request_id, num_tokens, match, hold):
             self.prefixes.unlock(hold)
-            return None
+            if self._held:
+                return None
+            # Nobody is there to wait for: what it would resume from takes the room that it needs.
+            match = Match(request.prompt_len)
+            hold = self.prefixes.lock(match)
+            if not self._lease(request.request_id, num_tokens, match, hold):
+                return None
         if looks:
             self.prefixes.count_hit(match)
         held = self._held[request.request_id]
         held.namespace = namespace
+        held.prompt_len = request.prompt_len
         held.resumed_tokens = match.position
         held.lease.final = match.final
         if self.reuse.is_on:
             held.lease.tokens = array("I", request.prompt_ids)
             self._plan_snapshots(held, request, match)
         return match.position
+
+    def resumable_tokens(self, request: GenerationRequest) -> int:
+        """How many tokens of a prompt ``resume`` would find now, for all of its sequence. Brings
+        them back from host memory."""
+        if not self.reuse.is_on:
+            return 0
+        namespace, key = self.reuse.namespace(request.cache_salt), encode_tokens(request.prompt_ids)
+        return self._restored_match(namespace, key, request.total_tokens).position
+
+    def match(self, namespace: bytes, key: bytes) -> Match:
+        """What is cached of the prompt whose ``encode_tokens`` is ``key``."""
+        return self.prefixes.match(namespace, key)
 
     def resumed_tokens(self, request_id: str) -> int:
         """How many tokens of the request's prompt needed no forward."""
@@ -106,21 +136,38 @@ class StateCache:
         """The sequence's lease. Raises InvariantViolation when it holds none."""
         return self._of(request_id).lease
 
+    def adopt(self, request_id: str, prompt: GenerationRequest) -> None:
+        """The state of a reserved sequence's prompt has come from elsewhere and is in place: leave
+        it to the cache, and from now on what follows it as well."""
+        if not self.reuse.is_on:
+            return
+        held = self._of(request_id)
+        if held.lease.position != prompt.prompt_len:
+            raise InvariantViolation(f"{prompt.prompt_len} tokens made {held.lease.position}")
+        held.namespace = self.reuse.namespace(prompt.cache_salt)
+        held.prompt_len = prompt.prompt_len
+        held.lease.tokens = array("I", prompt.prompt_ids)
+        self.publish(request_id)
+
     def publish(self, request_id: str) -> None:
         """Leave a computed prompt to the cache, while its sequence goes on."""
         held = self._of(request_id)
         if held.is_kept:
-            self._handing_in.share(held)
+            self._handing_in.share(held, Origin.PROMPT)
         held.lease.final = None
 
-    def track(self, request_id: str) -> None:
-        """After a decode step: leave the state to the cache if it is one to be kept."""
+    def consumed(self, request_id: str, token_id: int) -> None:
+        """A decode step has consumed the sequence's next token: leave the state to the cache if it
+        is one to be kept."""
         held = self._of(request_id)
-        position = held.lease.position
+        if held.lease.tokens is None:
+            return
+        held.lease.tokens.append(token_id)
+        position = held.num_known
         if position % self.pools.grid:
             return
         if held.is_kept and self.reuse.tracking.keeps_boundary(position):
-            self._handing_in.share(held)
+            self._handing_in.share(held, Origin.TRACKED)
         if held.lease.state_slot in held.slots:
             # The cached state that it began with is read no more.
             self.prefixes.release_snapshot(held.hold)
@@ -135,7 +182,7 @@ class StateCache:
         held = self._of(request_id)
         # What decode leaves is a matter of the strategy; prompts are always left.
         wanted = self.reuse.tracking.keeps_end() or held.lease.final is not None
-        if wanted and held.is_kept and held.lease.position > held.resumed_tokens:
+        if wanted and held.is_kept and held.num_known > held.resumed_tokens:
             self._handing_in.leave(held)
         del self._held[request_id]
         self.prefixes.unlock(held.hold)
@@ -146,11 +193,6 @@ class StateCache:
         copies = tuple(self._copies)
         self._copies.clear()
         return copies
-
-    def return_copies(self, copies: tuple[PageCopy, ...]) -> None:
-        """The launch that took them failed, maybe before they were made: they are due again, before
-        the next launch. Some may be of sequences that it did not touch."""
-        self._copies[:0] = copies
 
     # -- reports --------------------------------------------------------------------------------
 
@@ -219,15 +261,38 @@ class StateCache:
         )
         return True
 
+    def _restored_match(self, namespace: bytes, key: bytes, num_tokens: int) -> Match:
+        if self._has_room_to_restore(num_tokens):
+            self.prefixes.restore(namespace, key)
+        return self.match(namespace, key)
+
+    def _has_room_to_restore(self, num_tokens: int) -> bool:
+        """Whether a sequence of ``num_tokens`` fits beside a state and a tail that it reads."""
+        num_pages = self.pools.kv.pages_for(num_tokens) + self.pools.kv.pages_for(self.pools.grid)
+        return (
+            self.prefixes.obtainable_slots > SLOTS_PER_SEQUENCE
+            and self.prefixes.obtainable_tails > TAIL_PAGES_PER_SEQUENCE
+            and self.prefixes.obtainable_kv_pages >= num_pages
+        )
+
+    def _place_bytes(self) -> PlaceBytes:
+        sizes = self.sizes
+        return PlaceBytes(
+            state=sizes.state_slot_bytes,
+            tail_row=sizes.tail_page_bytes // self.pools.grid,
+            kv_row=sizes.kv_page_bytes // sizes.kv_page_tokens,
+        )
+
     def _plan_snapshots(self, held: Held, request: GenerationRequest, match: Match) -> None:
         """Slots for the states to keep on the way, as far as there are any."""
+        keeps_some = self.reuse.max_snapshots > 0
         plan = plan_snapshots(
             request.prompt_len,
             match.position,
             self.pools.grid,
             spare_slots=self._headroom.slots,
-            branch_position=match.branch_position,
-            hints=request.snapshot_hints,
+            branch_position=match.branch_position if keeps_some else None,
+            hints=request.snapshot_hints if keeps_some else (),
             interval=self.reuse.interval_for(request.prompt_len),
         )
         self.prefixes.count_plan(plan)
@@ -235,4 +300,11 @@ class StateCache:
         if grant is None:
             raise InvariantViolation(f"{len(plan.optional)} slots were to be had, and are not")
         held.lease.snapshot_slots = dict(zip(plan.optional, grant.state_slots, strict=True))
+        held.origins = dict.fromkeys(plan.optional, Origin.INTERVAL)
+        for hint in request.snapshot_hints:
+            position = hint // self.pools.grid * self.pools.grid
+            if position in held.origins:
+                held.origins[position] = Origin.HINT
+        if match.branch_position in held.origins:
+            held.origins[match.branch_position] = Origin.BRANCH
         held.slots.update(grant.state_slots)

@@ -89,6 +89,8 @@ def summary(completion: Completion) -> str:
         f"first token {times.ttft_s * 1e3:.0f} ms",
         f"{completion.tokens_per_s:.1f} tokens/s",
     ]
+    if completion.prefix_tokens:
+        parts.append(f"{completion.prefix_tokens} of the prompt from the cache")
     if times.transport:
         parts.append(
             f"hand-off {times.handoff_bytes / 1e6:.2f} MB in {times.handoff_s * 1e3:.1f} ms "

@@ -26,7 +26,7 @@ Texts: TypeAlias = list[str] | None
 _SAME_NAME = (
     "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty presence_penalty "
     "frequency_penalty seed n include_stop ignore_eos logprobs echo prompt_logprobs json_object "
-    "regex"
+    "regex tenant cache_salt"
 ).split()
 
 
@@ -64,6 +64,12 @@ def generate(
     regex: Annotated[Text, Option(help="A text that it matches.")] = None,
     choice: Annotated[Texts, Option(help="One of these texts; repeatable.")] = None,
     grammar: Annotated[Text, Option(help="A text of it, in Lark's notation; @FILE.")] = None,
+    tenant: Annotated[str, Option(help="Whose request it is.")] = "",
+    cache_salt: Annotated[str, Option(help="Shares cached state with the same salt only.")] = "",
+    snapshot_hint: Annotated[
+        list[int] | None,
+        Option(min=1, metavar="TOKENS", help="Where later prompts will part; repeatable."),
+    ] = None,
     as_json: AsJson = False,
     file: ConfigFile = None,
     settings: Settings = None,
@@ -85,6 +91,7 @@ def _options(given: Mapping[str, Any]) -> GenerateOptions:
         json_schema=_text_or_file("--json-schema", given["json_schema"]),
         choices=tuple(given["choice"] or ()),
         grammar=_text_or_file("--grammar", given["grammar"]),
+        snapshot_hints=tuple(given["snapshot_hint"] or ()),
     )
 
 

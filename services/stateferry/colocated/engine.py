@@ -1,24 +1,29 @@
 """The one-process engine: what a cluster must agree with, token for token.
 
 It is the same schedulers, cache and runner as the workers', without gRPC and without a transfer: a
-computed prompt's lease simply passes from the prefill to the decode scheduler.
+computed prompt's lease simply passes from the prefill to the decode scheduler. Prompts and decoding
+sequences take turns on one thread, in passes of their own: a pass of both would compute the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 from stateferry.cache.state_cache import StateCache
-from stateferry.core.errors import StateferryError
+from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
 from stateferry.engine.prompt_scores import as_scores
 from stateferry.engine.rules import RulesMaker, why_no_token
-from stateferry.engine.runner import ModelRunner
-from stateferry.scheduler.decode import DecodeScheduler
-from stateferry.scheduler.prefill import PrefillScheduler
-from stateferry.worker.batches import decode_batch, extend_batch
+from stateferry.engine.runner import Launch, ModelRunner, Sampled
+from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
+from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
+from stateferry.worker.launcher import Launcher
 from stateferry.worker.steering import steered
 
 
@@ -36,6 +41,12 @@ class Output:
         return [token.token_id for token in self.tokens]
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    sampled: Future[Sampled]
+    land: Callable[[Sampled], list[StateferryError]]
+
+
 class ColocatedEngine:
     """Synchronous: ``submit`` requests, call ``step`` until ``num_unfinished`` is 0."""
 
@@ -47,14 +58,28 @@ class ColocatedEngine:
         *,
         grid: int,
         budget_tokens: int,
+        overlap: bool = False,
     ) -> None:
-        self._runner = runner
+        """overlap: whether steps are planned while the ones before run, on a thread of their own.
+        Outputs then come one ``step`` later, and are the same."""
         self._cache = cache
         self._rules = rules
+        self._launcher = Launcher(runner, cache)
+        self._overlap = overlap
+        self._thread = ThreadPoolExecutor(1, "engine") if overlap else None
+        self._in_flight: deque[_InFlight] = deque()
+        self._failures: list[StateferryError] = []
+        # Steps that were planned while another one was in flight.
+        self.num_overlapped = 0
+        most: Literal[1, 2] = 2 if overlap else 1
         self._prefill = PrefillScheduler(
-            cache, grid=grid, budget_tokens=budget_tokens, max_waiting=1 << 30
+            cache,
+            grid=grid,
+            budget_tokens=budget_tokens,
+            max_waiting=1 << 30,
+            max_in_flight=most,
         )
-        self._decode = DecodeScheduler(cache, max_waiting=0)
+        self._decode = DecodeScheduler(cache, max_waiting=0, max_in_flight=most)
         self._requests: dict[str, GenerationRequest] = {}
         self._running: dict[str, Continuation] = {}
         self.outputs: dict[str, Output] = {}
@@ -65,13 +90,19 @@ class ColocatedEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; its output grows in ``outputs``. Blocks while a guide is compiled."""
+        if request.request_id in self._requests:
+            raise InvariantViolation(f"{request.request_id} was submitted twice")
+        if self._prefill.knows(request.request_id) or self._decode.knows(request.request_id):
+            # Aborted, but not out of the last step yet.
+            self.settle()
         request = steered(request, self._rules)
         self._prefill.submit(request, request.total_tokens)
         self._requests[request.request_id] = request
         self.outputs[request.request_id] = Output()
 
     def abort(self, request_id: str) -> None:
-        """Forget an unfinished request, between two steps, and its output so far."""
+        """Forget an unfinished request, between two steps, and its output so far. What it holds is
+        free once no step in flight touches it."""
         if self._requests.pop(request_id, None) is not None:
             self._prefill.abort(request_id)
             self._decode.abort(request_id)
@@ -81,6 +112,8 @@ class ColocatedEngine:
     def preempt(self, request_id: str) -> bool:
         """Take a decoding sequence's memory, between two steps; False if it is not decoding. It
         waits its turn again and goes on from what the cache still has of it then."""
+        # A token that is on its way has been counted by the request's guide and penalties.
+        self.settle()
         if request_id not in self._running:
             return False
         self._decode.abort(request_id)
@@ -100,9 +133,24 @@ class ColocatedEngine:
     def step(self) -> None:
         """One extend and one decode pass, of whatever is ready. Raises what kept a request from its
         next token; that request is forgotten by then, and the others may go on."""
-        failures = [*self._extend(), *self._decode_once()]
+        before = len(self._in_flight)
+        for launch in (self._launch_extend, self._launch_decode):
+            launch()
+            if not self._overlap:
+                self.settle()
+        for _ in range(before):
+            self._land_oldest()
+        if not self._requests:
+            # Steps that were one too many.
+            self.settle()
+        failures, self._failures = self._failures, []
         if failures:
             raise failures[0]
+
+    def settle(self) -> None:
+        """Wait for what is in flight, and take its results."""
+        while self._in_flight:
+            self._land_oldest()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> dict[str, Output]:
         """Run requests to their end and take their outputs."""
@@ -112,16 +160,41 @@ class ColocatedEngine:
             self.step()
         return {request.request_id: self.outputs.pop(request.request_id) for request in requests}
 
-    def _extend(self) -> list[StateferryError]:
+    def _launch_extend(self) -> None:
         step = self._prefill.schedule()
-        if step is None:
-            return []
-        copies = self._cache.take_copies()
-        tokens = self._runner.extend(extend_batch(step, self._requests, self._cache, copies))
-        failures = []
-        for request_id, token in zip(self._prefill.complete(step), tokens, strict=True):
+        if step is not None:
+            launch = self._launcher.extend(step, self._requests)
+            self._launch(launch, partial(self._land_extend, step))
+
+    def _launch_decode(self) -> None:
+        step = self._decode.schedule()
+        if step is not None:
+            launch = self._launcher.decode(step, self._running)
+            self._launch(launch, partial(self._land_decode, step))
+
+    def _launch(self, launch: Launch, land: Callable[[Sampled], list[StateferryError]]) -> None:
+        if self._thread is not None:
+            self.num_overlapped += bool(self._in_flight)
+            sampled = self._thread.submit(launch)
+        else:
+            sampled = Future()
+            sampled.set_result(launch())
+        self._in_flight.append(_InFlight(sampled, land))
+
+    def _land_oldest(self) -> None:
+        oldest = self._in_flight.popleft()
+        self._failures += oldest.land(oldest.sampled.result())
+
+    def _land_extend(self, step: ExtendStep, sampled: Sampled) -> list[StateferryError]:
+        last = [part.request_id for part in step.slices if part.is_last]
+        tokens = dict(zip(last, sampled, strict=True))
+        for request_id, token in tokens.items():
             if token is None:
                 self._cache.spoil(request_id)
+        failures = []
+        for request_id in self._prefill.complete(step):
+            token = tokens[request_id]
+            if token is None:
                 failures.append(self._drop(request_id))
             else:
                 self._begin(request_id, token)
@@ -143,22 +216,18 @@ class ColocatedEngine:
         else:
             self._prefill.release(request_id)
 
-    def _decode_once(self) -> list[StateferryError]:
-        step = self._decode.schedule()
-        if step is None:
-            return []
-        copies = self._cache.take_copies()
-        sampled = self._runner.decode(decode_batch(step, self._running, self._cache, copies))
+    def _land_decode(self, step: DecodeStep, sampled: Sampled) -> list[StateferryError]:
         tokens = {row.request_id: t for row, t in zip(step.rows, sampled, strict=True)}
         ids = [None if token is None else token.token_id for token in sampled]
-        for request_id, token in tokens.items():
-            if token is not None:
-                self._cache.track(request_id)
         for advance in self._decode.complete(step, ids):
             token = tokens[advance.request_id]
             assert token is not None
             self._emit(advance.request_id, token, advance.finish_reason)
-        return [self._drop(request_id) for request_id, token in tokens.items() if token is None]
+        return [
+            self._drop(request_id)
+            for request_id, token in tokens.items()
+            if token is None and request_id in self._requests
+        ]
 
     def _drop(self, request_id: str) -> StateferryError:
         failure = why_no_token(self._requests[request_id].rules)

@@ -9,6 +9,15 @@ from dataclasses import dataclass, field
 
 from stateferry.core.sampling import SamplingParams, StopConditions
 
+MAX_CACHE_SALT_BYTES = 256
+MAX_SNAPSHOT_HINTS = 64
+
+
+def cache_salt_of(tenant: str, salt: str) -> str:
+    """What keeps apart the cached state of tenants, and of what one tenant wants apart. A tenant's
+    name holds no slash."""
+    return f"{tenant}/{salt}"
+
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
@@ -34,8 +43,8 @@ class GenerationRequest:
 
     The last ``num_output_ids`` of ``prompt_ids`` are output of this very request, which was
     preempted: it goes on with output token ``num_output_ids``. Nothing cached is shared between
-    requests of different ``cache_salt``. ``snapshot_hints`` are positions in the prompt that later
-    ones are expected to have in common with it.
+    requests of different ``cache_salt``. ``snapshot_hints`` are positions in the prompt, up to its
+    end, that later ones are expected to have in common with it.
     """
 
     request_id: str

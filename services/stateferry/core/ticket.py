@@ -16,7 +16,7 @@ from stateferry.core.cluster_key import MAC_BYTES, ClusterKey
 from stateferry.core.errors import TicketError
 from stateferry.core.ids import Role, WorkerKey
 
-_VERSION = b"\x01"
+_VERSION = b"\x02"
 _PURPOSE = b"ticket" + _VERSION
 _TICKET_MAX_BYTES = 4096
 CLOCK_SKEW_S = 60.0
@@ -27,7 +27,8 @@ class Ticket:
     """One attempt (``epoch``) of one request. ``expires_at_s`` is wall-clock seconds.
 
     ``decode`` and ``transfer_address`` are None when no token after the first is wanted, so that
-    nothing has to be handed off.
+    nothing has to be handed off. ``cache_salt`` is GenerationRequest's: it decides what the workers
+    may reuse.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class Ticket:
     prompt_len: int
     max_tokens: int
     expires_at_s: float
+    cache_salt: str = ""
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property

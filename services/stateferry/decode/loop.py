@@ -1,12 +1,12 @@
-"""Runs the decode scheduler's steps, one after the other, off the event loop's thread."""
+"""Runs the decode scheduler's steps off the event loop's thread, and streams what they sample."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import Clock
@@ -14,13 +14,13 @@ from stateferry.core.errors import InvariantViolation
 from stateferry.core.request import Continuation
 from stateferry.core.sampling import FinishReason, SampledToken
 from stateferry.engine.rules import why_no_token
-from stateferry.engine.runner import ModelRunner
+from stateferry.engine.runner import Launch, ModelRunner, Sampled
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
-from stateferry.worker.batches import decode_batch
+from stateferry.worker.launcher import Launcher
 from stateferry.worker.meter import WorkerMeter
-from stateferry.worker.waiting import Wakeup, run_to_end
+from stateferry.worker.pipeline import Pipeline
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,18 @@ class DecodeLoop:
         meter: WorkerMeter,
     ) -> None:
         self._scheduler = scheduler
-        self._cache = cache
-        self._runner = runner
-        self._executor = executor
-        self._clock = clock
-        self._meter = meter
+        self._launcher = Launcher(runner, cache)
         self._reserving: dict[str, asyncio.Future[None]] = {}
         self._streams: dict[str, _Stream] = {}
-        self._wakeup = Wakeup()
+        self._pipeline: Pipeline[DecodeStep] = Pipeline(
+            "decode",
+            executor,
+            clock,
+            meter,
+            schedule=scheduler.schedule,
+            plan=self._plan,
+            land=self._land,
+        )
 
     def admit(self, request_id: str, held_tokens: int) -> None:
         """Queue for the memory of so many tokens, first come first served. Raises Overloaded when
@@ -74,17 +78,18 @@ class DecodeLoop:
 
     async def decode(self, request: Continuation, first_token_id: int) -> AsyncIterator[OutputStep]:
         """Tokens 1 and up of a reserved request whose state is in place."""
-        stream = _Stream(request)
-        self._streams[request.request_id] = stream
         self._scheduler.activate(request.request_id, first_token_id, request.stop)
-        self._wakeup.set()
-        while True:
-            output = await stream.outputs.get()
-            if isinstance(output, Exception):
-                raise output
+        async for output in self._outputs(request):
             yield output
-            if output.finish_reason is not None:
-                return
+
+    async def take_over(
+        self, request: Continuation, first_token_id: int
+    ) -> AsyncIterator[OutputStep]:
+        """Tokens 1 and up of a request whose prompt was computed in memory of this very cache,
+        which is the loop's from now on."""
+        self._scheduler.take_over(request.request_id, first_token_id, request.stop)
+        async for output in self._outputs(request):
+            yield output
 
     def abort(self, request_id: str) -> None:
         """Forget a request in any phase; its memory is free once no step can touch it."""
@@ -93,40 +98,44 @@ class DecodeLoop:
         self._drop_if_gone(request_id)
         self._grant()
 
+    async def fill(self, work: Callable[[], T]) -> T:
+        """Let ``work`` write to the memory of a reserved request, between two steps: an earlier one
+        may still read what was there before."""
+        return await self._pipeline.in_order(self._launcher.in_order(work))
+
     async def run(self) -> None:
         """Step for ever; end it by cancelling. A step that fails hurts only its own requests."""
-        while True:
-            step = self._scheduler.schedule()
-            if step is None:
-                await self._wakeup.wait()
-                continue
-            began_s = self._clock.monotonic_s()
-            await self._run_step(step)
-            took_s = self._clock.monotonic_s() - began_s
-            self._meter.observe_step("decode", took_s, len(step.rows), len(step.rows))
+        await self._pipeline.run()
 
-    async def _run_step(self, step: DecodeStep) -> None:
+    async def _outputs(self, request: Continuation) -> AsyncIterator[OutputStep]:
+        stream = self._streams[request.request_id] = _Stream(request)
+        self._pipeline.wake()
+        while True:
+            output = await stream.outputs.get()
+            if isinstance(output, Exception):
+                raise output
+            yield output
+            if output.finish_reason is not None:
+                return
+
+    def _plan(self, step: DecodeStep) -> Launch:
         requests = {row.request_id: self._streams[row.request_id].request for row in step.rows}
-        copies = self._cache.take_copies()
-        tokens: list[SampledToken | None]
+        return self._launcher.decode(step, requests)
+
+    def _land(self, step: DecodeStep, sampled: Sampled | Exception) -> None:
         failure: InvariantViolation | None = None
-        try:
-            batch = decode_batch(step, requests, self._cache, copies)
-            tokens = await run_to_end(self._executor, self._runner.decode, batch)
-        except Exception:
-            log.exception("a decode step failed")
-            self._cache.return_copies(copies)
+        if isinstance(sampled, Exception):
             failure = InvariantViolation("a decode step failed")
-            tokens = [None] * len(step.rows)
-        sampled = {row.request_id: token for row, token in zip(step.rows, tokens, strict=True)}
-        ids = [None if token is None else token.token_id for token in tokens]
+            sampled = [None] * len(step.rows)
+        tokens = {row.request_id: token for row, token in zip(step.rows, sampled, strict=True)}
+        ids = [None if token is None else token.token_id for token in sampled]
         for advance in self._scheduler.complete(step, ids):
-            token = sampled[advance.request_id]
+            token = tokens[advance.request_id]
             if token is None:
                 raise InvariantViolation(f"{advance.request_id} advanced without a token")
             output = OutputStep(advance.index, token, advance.finish_reason)
             self._streams[advance.request_id].outputs.put_nowait(output)
-        for request_id, token in sampled.items():
+        for request_id, token in tokens.items():
             if token is None:
                 stream = self._streams[request_id]
                 stream.outputs.put_nowait(failure or why_no_token(stream.request.rules))

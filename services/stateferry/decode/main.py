@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -12,6 +13,7 @@ from stateferry.config import Config
 from stateferry.core.clock import SystemClock
 from stateferry.core.ids import Role
 from stateferry.core.ticket import TicketDesk, TicketSigner
+from stateferry.decode.local_prefill import LocalPrefill
 from stateferry.decode.loop import DecodeLoop
 from stateferry.decode.servicer import DecodeServicer
 from stateferry.scheduler.decode import DecodeScheduler
@@ -23,12 +25,36 @@ from stateferry.worker.process import Announce, serve_until_stopped
 from stateferry.worker.steering import Steering
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """All that a decode worker has to do."""
+
+    sequences: DecodeScheduler
+    prompts: LocalPrefill
+
+    @property
+    def num_active(self) -> int:
+        return self.sequences.num_active + self.prompts.num_active
+
+    @property
+    def num_waiting(self) -> int:
+        return self.sequences.num_waiting
+
+    @property
+    def queued_tokens(self) -> int:
+        return self.prompts.queued_tokens
+
+
 async def run_decode(
     config: Config, host: WorkerHost, announce: Announce, stop: asyncio.Event
 ) -> None:
     """Serve until ``stop`` is set. ``announce`` gets the addresses once requests are welcome."""
     clock, parts = SystemClock(), host.parts
-    scheduler = DecodeScheduler(parts.cache, max_waiting=config.worker.max_queue)
+    scheduler = DecodeScheduler(
+        parts.cache,
+        max_waiting=config.worker.max_queue,
+        max_in_flight=parts.steps_in_flight,
+    )
     loop = DecodeLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
     transport = build_transport(config.transfer, config.worker.host, config.worker.transfer_port)
     receiver = HandoffReceiver(
@@ -36,8 +62,17 @@ async def run_decode(
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.DECODE, host.key, clock)
     steering = Steering(parts.rules)
+    prompts = LocalPrefill(
+        parts.cache,
+        parts.runner,
+        loop,
+        scheduler,
+        clock,
+        host.meter,
+        limit_tokens=config.worker.local_prefill_tokens,
+    )
     servicer = DecodeServicer(
-        desk, loop, parts, steering, receiver, host.meter, config.transfer.seal_timeout_s
+        desk, loop, prompts, parts, steering, receiver, host.meter, config.transfer.seal_timeout_s
     )
 
     def register(server: grpc.aio.Server) -> Sequence[str]:
@@ -48,9 +83,8 @@ async def run_decode(
         transfer_address = await receiver.start()
         server = await start_server(config.worker.host, config.worker.port, register)
         description = host.describe(Role.DECODE, server.address, transfer_address)
-        await serve_until_stopped(
-            server, loop.run(), host, description, host.load_reporter(scheduler), announce, stop
-        )
+        load = host.load_reporter(_Work(scheduler, prompts))
+        await serve_until_stopped(server, loop.run(), host, description, load, announce, stop)
     finally:
         await receiver.close()
         await transport.close()

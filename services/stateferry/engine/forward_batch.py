@@ -1,11 +1,14 @@
 """What one forward pass works on. An extend and a decode are different things, so are their
-batches."""
+batches.
+
+A batch is planned, which moves its leases, and then launched, maybe while the one before still
+runs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.cache.lease import SequenceLease
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.sampling import SamplingParams
@@ -33,6 +36,14 @@ class SampleSpec:
     rules: SequenceRules | None = None
 
 
+@dataclass(slots=True)
+class PendingToken:
+    """What a planned launch will sample for one row. Whoever consumes it is launched later; if no
+    token came of it, nobody wants what follows from it, and any id will do."""
+
+    token_id: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ExtendRow:
     """A run of prompt tokens of one sequence. ``sample`` is set when token 0 follows from it,
@@ -47,10 +58,9 @@ class ExtendRow:
 
 @dataclass(frozen=True, slots=True)
 class ExtendBatch:
-    """``copies`` come before anything else."""
+    """Prompt tokens of any number of sequences."""
 
     rows: tuple[ExtendRow, ...]
-    copies: tuple[PageCopy, ...] = ()
 
     @property
     def computed(self) -> tuple[ExtendRow, ...]:
@@ -92,19 +102,24 @@ class ExtendBatch:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInput:
-    """One sequence's next token to consume."""
+    """One sequence's next token to consume, and what it samples."""
 
     lease: SequenceLease
-    token_id: int
+    token_id: int | PendingToken
     sample: SampleSpec
+    sampled: PendingToken = field(default_factory=PendingToken)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """``copies`` come before anything else."""
+    """One token of any number of sequences."""
 
     rows: tuple[DecodeInput, ...]
-    copies: tuple[PageCopy, ...] = ()
+
+    def token_ids(self) -> list[int]:
+        """One per row, once all launches before this one have run."""
+        ids = (row.token_id for row in self.rows)
+        return [i.token_id if isinstance(i, PendingToken) else i for i in ids]
 
     def plan(self, grid: int) -> DecodePlan:
         leases = [row.lease for row in self.rows]
@@ -126,7 +141,7 @@ class DecodeBatch:
         )
 
     def commit_plan(self, grid: int) -> CommitPlan | None:
-        """The commits that are due after this step: sequences whose tail it has filled."""
+        """The commits that are due after this step: sequences whose tail it fills."""
         due = [row.lease for row in self.rows if (row.lease.position + 1) % grid == 0]
         if not due:
             return None
@@ -140,5 +155,4 @@ class DecodeBatch:
     def advance(self, grid: int) -> None:
         """Move the leases past the consumed token."""
         for row in self.rows:
-            row.lease.note_token(row.token_id)
             row.lease.advance(1, grid)

@@ -1,12 +1,21 @@
-"""Runs batches through the model. Synchronous: the caller decides on which thread."""
+"""Runs batches through the model, in two halves.
+
+Planning reads and moves leases, on the thread that keeps the books; it computes nothing. Its result
+is a launch, which touches the pools and no lease, on any other thread: in the order of planning,
+one at a time.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.cache.page_copies import run_copies
 from stateferry.cache.pools import SequencePools
 from stateferry.core.sampling import SampledToken
@@ -22,14 +31,20 @@ from stateferry.engine.sampler import sample
 from stateferry.models.caches import LayerCaches
 from stateferry.models.model import Model
 from stateferry_kernels.device_tables import device_array
-from stateferry_kernels.plans import CommitPlan
+from stateferry_kernels.kv_layer import KvPlan
+from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 if TYPE_CHECKING:
     from stateferry.engine.decode_graphs import DecodeGraphs
 
 
+# One entry per row that samples, in order; None where its logits are not finite or its rules broke.
+Sampled = list[SampledToken | None]
+Launch = Callable[[], Sampled]
+
+
 class ModelRunner:
-    """One model over the pools of its sequences. At most one call at a time."""
+    """One model over the pools of its sequences."""
 
     def __init__(
         self,
@@ -46,6 +61,7 @@ class ModelRunner:
         self._grid = pools.grid
         self._page_tokens = pools.kv.page_tokens
         self._device = torch.device(device)
+        self._due: deque[PageCopy] = deque()
         keep_freed_memory()
         self.caches = LayerCaches(states=pools.states.layers, kv=pools.kv.layers)
         self.graphs: DecodeGraphs | None = None
@@ -57,42 +73,63 @@ class ModelRunner:
                 model, self.caches, page_tokens=self._page_tokens, longest=graphs_up_to_tokens
             )
 
-    @torch.inference_mode()
-    def extend(self, batch: ExtendBatch) -> list[SampledToken | None]:
-        """Consume the rows' tokens and move their leases. One entry per row that samples, in order;
-        None where the logits are not finite."""
-        run_copies(self._pools, batch.copies)
+    def extend(self, batch: ExtendBatch) -> Launch:
+        """Plan to consume the rows' tokens. Moves their leases; the launch sets the ``final`` of
+        those that keep one."""
         starts = [row.lease.position for row in batch.rows]
+        plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
+        batch.advance(self._grid)
+        return partial(self._extend, batch, starts, plan, kv_plan)
+
+    def decode(self, batch: DecodeBatch) -> Launch:
+        """Plan to consume one token per row, to commit the tails that become full, and to fill in
+        what is ``sampled``. Moves the leases."""
+        plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
+        due = batch.commit_plan(self._grid)
+        batch.advance(self._grid)
+        return partial(self._decode, batch, plan, kv_plan, due)
+
+    @torch.inference_mode()
+    def copy(self, copies: Iterable[PageCopy]) -> None:
+        """Make these copies, after those that an earlier call did not get to because it failed.
+        Part of a launch: nothing may read or write the pools meanwhile."""
+        self._due.extend(copies)
+        while self._due:
+            run_copies(self._pools, (self._due[0],))
+            self._due.popleft()
+
+    @torch.inference_mode()
+    def _extend(
+        self, batch: ExtendBatch, starts: Sequence[int], plan: ExtendPlan, kv_plan: KvPlan
+    ) -> Sampled:
         if batch.computed:
-            plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
             rows = rows_with_logits(batch, plan.cu_seqlens)
             token_ids = self._tokens([t for row in batch.computed for t in row.token_ids])
             hidden = self._model.extend(token_ids, plan, kv_plan, self.caches, rows)
-            batch.advance(self._grid)
             hidden = keep_finals(batch, hidden)
         else:
             hidden = torch.cat([known_final(row) for row in batch.rows])
         return take_logits(batch, starts, self._model.logits(hidden))
 
     @torch.inference_mode()
-    def decode(self, batch: DecodeBatch) -> list[SampledToken | None]:
-        """Consume one token per row, commit the tails that became full, move the leases."""
-        run_copies(self._pools, batch.copies)
-        grid = self._grid
-        plan, kv_plan = batch.plan(grid), batch.kv_plan(self._page_tokens)
-        token_ids = [row.token_id for row in batch.rows]
+    def _decode(
+        self, batch: DecodeBatch, plan: DecodePlan, kv_plan: KvPlan, due: CommitPlan | None
+    ) -> Sampled:
+        token_ids = batch.token_ids()
         decoded = None if self.graphs is None else self.graphs.decode(token_ids, plan, kv_plan)
         if decoded is None:
             ids = self._tokens(token_ids)
             logits = self._model.decode(ids, plan, kv_plan, self.caches)
         else:
             logits = decoded.logits
-        due = batch.commit_plan(grid)
         if due is not None:
             self._commit(due)
-        batch.advance(grid)
         likeliest = None if decoded is None else decoded.likeliest()
-        return sample(logits, [row.sample for row in batch.rows], likeliest)
+        tokens = sample(logits, [row.sample for row in batch.rows], likeliest)
+        for row, token in zip(batch.rows, tokens, strict=True):
+            if token is not None:
+                row.sampled.token_id = token.token_id
+        return tokens
 
     def _commit(self, plan: CommitPlan) -> None:
         if self.graphs is None:

@@ -93,7 +93,8 @@ def _sample_row(
         # Of this sequence's rules alone: its neighbours must not suffer.
         log.warning("no choice of output token %d: %s", spec.index, error)
         if spec.rules is not None:
-            spec.rules.failure = error
+            # A step that was launched before this was known only meets the consequences.
+            spec.rules.failure = spec.rules.failure or error
         return None
     if spec.params.logprobs is None:
         return SampledToken(token_id)

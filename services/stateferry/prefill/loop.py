@@ -1,9 +1,8 @@
-"""Runs the prefill scheduler's steps, one after the other, off the event loop's thread."""
+"""Runs the prefill scheduler's steps off the event loop's thread, and says what became of them."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -13,13 +12,11 @@ from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.rules import why_no_token
-from stateferry.engine.runner import ModelRunner
+from stateferry.engine.runner import Launch, ModelRunner, Sampled
 from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
-from stateferry.worker.batches import extend_batch
+from stateferry.worker.launcher import Launcher
 from stateferry.worker.meter import WorkerMeter
-from stateferry.worker.waiting import Wakeup, run_to_end
-
-log = logging.getLogger(__name__)
+from stateferry.worker.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +51,18 @@ class PrefillLoop:
     ) -> None:
         self._scheduler = scheduler
         self._cache = cache
-        self._runner = runner
-        self._executor = executor
+        self._launcher = Launcher(runner, cache)
         self._clock = clock
-        self._meter = meter
         self._pending: dict[str, _Pending] = {}
-        self._wakeup = Wakeup()
+        self._pipeline: Pipeline[ExtendStep] = Pipeline(
+            "extend",
+            executor,
+            clock,
+            meter,
+            schedule=scheduler.schedule,
+            plan=self._plan,
+            land=self._land,
+        )
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a prompt. Raises Overloaded; if not, the caller must ``abort`` it in the end."""
@@ -67,7 +70,7 @@ class PrefillLoop:
         self._scheduler.submit(request, request.prompt_len)
         done: asyncio.Future[ComputedPrompt] = asyncio.get_running_loop().create_future()
         self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
-        self._wakeup.set()
+        self._pipeline.wake()
 
     async def computed(self, request_id: str) -> ComputedPrompt:
         """Token 0 of a submitted prompt, once its state is complete. The lease stays."""
@@ -78,49 +81,41 @@ class PrefillLoop:
         self._scheduler.abort(request_id)
         if not self._scheduler.knows(request_id):
             self._pending.pop(request_id, None)
-        self._wakeup.set()
+        self._pipeline.wake()
 
     async def run(self) -> None:
         """Step for ever; end it by cancelling. A step that fails hurts only its own requests."""
-        while True:
-            step = self._scheduler.schedule()
-            if step is None:
-                await self._wakeup.wait()
-                continue
-            began_s = self._clock.monotonic_s()
-            for part in step.slices:
-                pending = self._pending[part.request_id]
-                pending.started_s = pending.started_s or began_s
-            await self._run_step(step)
-            took_s = self._clock.monotonic_s() - began_s
-            self._meter.observe_step("extend", took_s, len(step.slices), step.num_tokens)
+        await self._pipeline.run()
 
-    async def _run_step(self, step: ExtendStep) -> None:
-        requests = {p.request_id: self._pending[p.request_id].request for p in step.slices}
-        copies = self._cache.take_copies()
-        try:
-            batch = extend_batch(step, requests, self._cache, copies)
-            tokens = await run_to_end(self._executor, self._runner.extend, batch)
-        except Exception as error:
-            log.exception("an extend step failed")
-            self._cache.return_copies(copies)
+    def _plan(self, step: ExtendStep) -> Launch:
+        now_s = self._clock.monotonic_s()
+        requests = {}
+        for part in step.slices:
+            pending = self._pending[part.request_id]
+            pending.started_s = pending.started_s or now_s
+            requests[part.request_id] = pending.request
+        return self._launcher.extend(step, requests)
+
+    def _land(self, step: ExtendStep, sampled: Sampled | Exception) -> None:
+        if isinstance(sampled, Exception):
             self._scheduler.fail(step)
             for part in step.slices:
-                self._fail(part.request_id, error)
-                self._pending.pop(part.request_id)
-            return
-        sampled = [part.request_id for part in step.slices if part.is_last]
-        for request_id, token in zip(sampled, tokens, strict=True):
-            if token is None:
-                # Before it is released, which may be now if it was aborted meanwhile.
-                self._cache.spoil(request_id)
-        finished = set(self._scheduler.complete(step))
-        for request_id, token in zip(sampled, tokens, strict=True):
-            if request_id in finished:
-                self._finish(request_id, token)
+                self._fail(part.request_id, sampled)
+        else:
+            self._complete(step, sampled)
         for part in step.slices:
             if not self._scheduler.knows(part.request_id):
                 self._pending.pop(part.request_id, None)
+
+    def _complete(self, step: ExtendStep, sampled: Sampled) -> None:
+        last = [part.request_id for part in step.slices if part.is_last]
+        tokens = dict(zip(last, sampled, strict=True))
+        for request_id, token in tokens.items():
+            if token is None:
+                # Before it is released, which may be now if it was aborted meanwhile.
+                self._cache.spoil(request_id)
+        for request_id in self._scheduler.complete(step):
+            self._finish(request_id, tokens[request_id])
 
     def _finish(self, request_id: str, token: SampledToken | None) -> None:
         pending = self._pending[request_id]

@@ -36,6 +36,7 @@ async def run_prefill(
         grid=parts.grid,
         budget_tokens=config.worker.extend_budget_tokens,
         max_waiting=config.worker.max_queue,
+        max_in_flight=parts.steps_in_flight,
     )
     loop = PrefillLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
     transport = build_transport(config.transfer, config.worker.host, port=0)

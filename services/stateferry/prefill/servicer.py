@@ -24,7 +24,7 @@ from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
 from stateferry.engine.prompt_scores import as_scores
-from stateferry.prefill.loop import ComputedPrompt, PrefillLoop
+from stateferry.prefill.loop import PrefillLoop
 from stateferry.prefill.prompt_events import prompt_events
 from stateferry.telemetry.logs import log_request_id
 from stateferry.transfer.sender import HandoffSender, PushReceipt
@@ -80,10 +80,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             finish = wanted.stop.check(computed.token.token_id, 1)
             for event in prompt_events(as_scores(wanted.scores)):
                 yield event
-            first = self._first_token_event(computed)
-            if finish is not None:
-                first.first_token.finish.CopyFrom(codec.finish_to_pb(finish))
-            yield first
+            yield worker_pb2.PrefillEvent(
+                first_token=codec.first_token_to_pb(
+                    computed.token,
+                    finish,
+                    queue_s=computed.queue_s,
+                    prefill_s=computed.prefill_s,
+                    resumed_tokens=computed.resumed_tokens,
+                )
+            )
             if finish is None:
                 receipt = await self._hand_off(ticket, computed.token.token_id)
                 yield worker_pb2.PrefillEvent(
@@ -103,6 +108,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             sampling=sampling_from_pb(request.sampling, self._limits.vocab_size),
             stop=codec.stop_from_pb(request.stop),
             prompt_logprobs=prompt_logprobs_from_pb(request),
+            cache_salt=ticket.cache_salt,
+            snapshot_hints=tuple(request.snapshot_hints),
         )
         if wanted.prompt_len != ticket.prompt_len:
             raise InvalidRequest("prompt_ids", f"{wanted.prompt_len} ids, not {ticket.prompt_len}")
@@ -132,14 +139,3 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             raise
         self._meter.handoff_sealed(receipt.size_bytes, receipt.duration_s)
         return receipt
-
-    def _first_token_event(self, computed: ComputedPrompt) -> worker_pb2.PrefillEvent:
-        return worker_pb2.PrefillEvent(
-            first_token=worker_pb2.FirstToken(
-                token=codec.token_to_pb(computed.token),
-                queue_s=computed.queue_s,
-                prefill_s=computed.prefill_s,
-                prefix_tokens=computed.resumed_tokens,
-                resumed_tokens=computed.resumed_tokens,
-            )
-        )

@@ -5,6 +5,10 @@
     decode  Generate(ticket) -> Reserved ............ Tokens 1, 2, ... -> finished
     prefill                     Run(ticket) -> FirstToken -> HandedOff
 
+or, where the decode worker has nearly all of the prompt already::
+
+    decode  Generate(ticket) -> Reserved(runs_prompt) -> FirstToken -> Tokens 1, 2, ... -> finished
+
 Whatever ends an attempt, both calls are cancelled before it returns, which frees both workers.
 Nothing is retried here; ``epoch`` names the attempt so that a later one can be told apart.
 """
@@ -52,6 +56,7 @@ class WorkerFigures:
     handoff_s: float = 0.0
     handoff_bytes: int = 0
     transport: str = ""
+    ran_prompt_at_decode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,8 @@ class Attempt:
         self._is_over = False
         self._calls_end_by_themselves = False
         self.figures = WorkerFigures()
+        # What was sampled, as far as it came here.
+        self.token_ids: list[int] = []
 
     async def run(self) -> FinishReason:
         """Stream the whole answer. Raises what ended it early; both calls are over by then."""
@@ -128,9 +135,12 @@ class Attempt:
         stub = worker_pb2_grpc.DecodeStub(decode)
         call = stub.Generate(codec.decode_request_to_pb(order.ticket, order.request))
         self._calls.append(call)
-        await self._reserved(call)
+        runs_prompt = await self._reserved(call)
         guards.append(group.create_task(self._watch_decode(call)))
-        guards.append(group.create_task(self._read_prefill(prefill)))
+        if runs_prompt:
+            await self._read_first_of_decode(call)
+        else:
+            guards.append(group.create_task(self._read_prefill(prefill)))
         reason = await self._forward_first()
         if reason is not None:
             return reason
@@ -151,10 +161,21 @@ class Attempt:
         self._calls_end_by_themselves = self._stream.matched_stop is None
         return reason
 
-    async def _reserved(self, call: Any) -> None:
+    async def _reserved(self, call: Any) -> bool:
+        """Whether the decode worker runs the prompt as well."""
         event = await self._from_worker(call.read(), self._decode_name)
         if event is grpc.aio.EOF or event.WhichOneof("event") != "reserved":
             raise WorkerLost(f"{self._decode_name} did not reserve room")
+        return bool(event.reserved.runs_prompt)
+
+    async def _read_first_of_decode(self, call: Any) -> None:
+        """Token 0 of a prompt for which no prefill worker is needed."""
+        self.figures.ran_prompt_at_decode = self._is_handed_off = True
+        self._order.seats.prefill.release()
+        event = await self._from_worker(call.read(), self._decode_name)
+        if event is grpc.aio.EOF or event.WhichOneof("event") != "first_token":
+            raise WorkerLost(f"{self._decode_name} did not run the prompt that it has")
+        self._first.set_result(event.first_token)
 
     async def _read_prefill(self, channel: grpc.aio.Channel) -> None:
         """Until the call's end: the first token, then the hand-off's figures."""
@@ -259,6 +280,7 @@ class Attempt:
             if request.sampling.logprobs is not None and token.logprob is None:
                 raise InvariantViolation("a worker sent a token without its log-probability")
         await self._stream.push(index, tokens)
+        self.token_ids += (token.token_id for token in tokens)
         return FinishReason.STOP if self._stream.matched_stop is not None else None
 
     async def _watch_decode(self, call: Any) -> None:

@@ -14,6 +14,7 @@ from stateferry.router.attempt import Attempt, AttemptOrder, WorkerFigures
 from stateferry.router.channels import WorkerChannels
 from stateferry.router.client_stream import ClientStream, Emit
 from stateferry.router.echo import PromptEcho
+from stateferry.router.last_turns import LastTurns
 from stateferry.router.loss import LossBoard
 from stateferry.router.observer import RouterObserver
 from stateferry.router.placement import Need
@@ -75,6 +76,7 @@ class TicketOffice:
             prompt_len=job.request.prompt_len,
             max_tokens=job.request.stop.max_tokens,
             expires_at_s=self.clock.wall_s() + self.lifetime_s,
+            cache_salt=job.request.cache_salt,
         )
         return self.signer.sign(ticket)
 
@@ -97,6 +99,7 @@ class Generation:
         self._vocab_size = vocab_size
         self._clock = clock
         self._observer = observer
+        self._last_turns = LastTurns()
 
     async def run(self, job: Job, emit: Emit) -> Completion:
         """Stream one request through ``emit`` and say how it ended. Raises StateferryError."""
@@ -105,6 +108,7 @@ class Generation:
             prompt_len=request.prompt_len,
             total_tokens=request.prompt_len + request.stop.max_tokens,
             needs_decode=request.stop.max_tokens > 1,
+            last_decode=self._last_turns.worker_of(request.cache_salt, request.prompt_ids),
         )
         seats = await self._workers.admission.take_seats(need, job.deadline_s)
         try:
@@ -125,9 +129,17 @@ class Generation:
             attempt = Attempt(order, stream, self._workers.channels, self._workers.losses, echo)
             reason = await attempt.run()
             await stream.finish()
+            self._note_turn(request, attempt.token_ids, seats)
             return self._completion(job, stream, reason, attempt.figures, seats, queue_s)
         finally:
             seats.release()
+
+    def _note_turn(self, request: GenerationRequest, token_ids: list[int], seats: Seats) -> None:
+        """Whoever decodes consumes all but the last token."""
+        decode = seats.placement.decode
+        if decode is not None and len(token_ids) > 1:
+            consumed = (*request.prompt_ids, *token_ids[:-1])
+            self._last_turns.note(request.cache_salt, consumed, decode.key)
 
     async def _echo(self, job: Job, emit: Emit) -> PromptEcho | None:
         """Sends the prompt back at once where it need not be scored."""
@@ -173,7 +185,11 @@ class Generation:
                 decode_s=stream.decode_s,
                 total_s=stream.total_s,
             ),
-            prefill_worker=str(seats.placement.prefill.key),
+            prefill_worker=str(
+                decode.key
+                if decode is not None and figures.ran_prompt_at_decode
+                else seats.placement.prefill.key
+            ),
             decode_worker=str(decode.key) if decode is not None and stream.num_tokens > 1 else "",
             choice=job.choice,
         )

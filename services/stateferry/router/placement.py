@@ -7,22 +7,27 @@ from dataclasses import dataclass
 
 from stateferry.core.errors import InvalidRequest, NoWorker
 from stateferry.core.fingerprint import Fingerprint
-from stateferry.core.ids import Role
+from stateferry.core.ids import Role, WorkerKey
 from stateferry.core.worker import WorkerDescription
 from stateferry.router.membership import WorkerView
 
 # Compared in order: smaller is less loaded.
 Load = tuple[float, int]
+# How much busier a decode worker may be than the least loaded, as a share of its capacity, to be
+# chosen for what it has cached: many prompts may begin alike.
+_DETOUR_LOAD = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """What a request asks of its workers. ``total_tokens`` is prompt and max_tokens together;
-    a request for one token only needs no decode worker."""
+    a request for one token only needs no decode worker. ``last_decode`` is wanted before others:
+    it computed the conversation's last turn."""
 
     prompt_len: int
     total_tokens: int
     needs_decode: bool
+    last_decode: WorkerKey | None = None
 
     def held_tokens(self, role: Role) -> int:
         """The most tokens that a worker of this role has to hold."""
@@ -40,7 +45,8 @@ class Placement:
 def place(
     prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], need: Need, turn: int
 ) -> Placement | None:
-    """The least-loaded pair with equal fingerprints and room, or None while there is none.
+    """The least-loaded pair with equal fingerprints and room, or None while there is none; with
+    the decode worker of the conversation's last turn if that is not much busier.
 
     ``turn`` grows with each placement: workers that are equally loaded take turns.
     """
@@ -51,7 +57,15 @@ def place(
     best_decodes = _best_by_fingerprint(decodes, need, turn, _decode_load)
     pairs = [(p, best_decodes[f]) for f, p in best_prefills.items() if f in best_decodes]
     pair = min(pairs, key=lambda p: (_prefill_load(p[0]), _decode_load(p[1])), default=None)
-    return None if pair is None else Placement(pair[0].description, pair[1].description)
+    if pair is None:
+        return None
+    prefill, decode = pair
+    last = [v for v in decodes if v.description.key == need.last_decode]
+    for fingerprint, view in _best_by_fingerprint(last, need, 0, _decode_load).items():
+        is_crowded = _decode_load(view)[0] > _decode_load(decode)[0] + _DETOUR_LOAD
+        if fingerprint in best_prefills and not is_crowded:
+            prefill, decode = best_prefills[fingerprint], view
+    return Placement(prefill.description, decode.description)
 
 
 def what_is_missing(

@@ -4,25 +4,30 @@ Life of a sequence::
 
     admit -> waiting -> (memory leased) reserved -> activate -> active -> finished
                  abort at any point; memory is returned once no step in flight can touch it
+
+A step may be scheduled before the tokens are known that it is to consume. A sequence that turns out
+to have ended by then has taken one step too many, whose token nobody gets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from stateferry.core.errors import InvariantViolation, Overloaded
 from stateferry.core.sampling import FinishReason, StopConditions
+from stateferry.scheduler.in_flight import InFlight
 from stateferry.scheduler.memory import StateMemory
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
     """One sequence's next step: consume ``token_id``, which was output token ``index - 1``, and
-    sample output token ``index``."""
+    sample output token ``index``. None: what the step before this one samples for it."""
 
     request_id: str
-    token_id: int
+    token_id: int | None
     index: int
 
 
@@ -31,6 +36,14 @@ class DecodeStep:
     """What one forward pass decodes; never empty."""
 
     rows: tuple[DecodeRow, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +61,30 @@ class _Sequence:
     stop: StopConditions
     last_token_id: int
     num_output_tokens: int
+    num_in_flight: int = 0
+
+    @property
+    def next_row(self) -> DecodeRow | None:
+        """None when what is in flight brings its last token."""
+        index = self.num_output_tokens + self.num_in_flight
+        if index >= self.stop.max_tokens:
+            return None
+        return DecodeRow(self.request_id, None if self.num_in_flight else self.last_token_id, index)
 
 
 class DecodeScheduler:
-    """Continuous batching. One step is in flight at a time: ``schedule``, run it, ``complete``."""
+    """Continuous batching. Each step: ``schedule``, run it, ``complete``; one or, if they overlap,
+    two of them at once, which run and end in order."""
 
-    def __init__(self, memory: StateMemory, *, max_waiting: int) -> None:
+    def __init__(
+        self, memory: StateMemory, *, max_waiting: int, max_in_flight: Literal[1, 2] = 1
+    ) -> None:
         self._memory = memory
         self._max_waiting = max_waiting
         self._waiting: dict[str, int] = {}
         self._reserved: set[str] = set()
         self._active: dict[str, _Sequence] = {}
-        self._in_flight: DecodeStep | None = None
-        self._gone_in_flight: set[str] = set()
+        self._in_flight: InFlight[DecodeStep] = InFlight(max_in_flight, memory.release)
 
     def admit(self, request_id: str, held_tokens: int) -> None:
         """Queue for memory. ``held_tokens`` is the most that the sequence will ever have here.
@@ -98,38 +122,40 @@ class DecodeScheduler:
         self._join(request_id, token_id, stop, num_output_tokens)
 
     def schedule(self) -> DecodeStep | None:
-        """The next step, or None when no sequence is ready."""
-        if self._in_flight is not None:
-            raise InvariantViolation("a step is in flight already")
-        rows = tuple(
-            DecodeRow(s.request_id, s.last_token_id, s.num_output_tokens)
-            for s in self._active.values()
-        )
-        self._in_flight = DecodeStep(rows) if rows else None
-        return self._in_flight
+        """The next step, which is in flight from now on; None when no sequence is ready."""
+        if self._in_flight.is_full:
+            return None
+        rows = tuple(row for s in self._active.values() if (row := s.next_row) is not None)
+        if not rows:
+            return None
+        step = DecodeStep(rows)
+        for row in rows:
+            self._active[row.request_id].num_in_flight += 1
+        self._in_flight.launch(step, (row.request_id for row in rows))
+        return step
 
     def complete(self, step: DecodeStep, token_ids: Sequence[int | None]) -> tuple[Advance, ...]:
-        """Account for a step and its sampled tokens; None for a row that failed.
+        """Account for the oldest step and its sampled tokens; None for a row that failed.
 
-        Finished and failed sequences return their memory; failed ones have no advance.
+        Finished and failed sequences return their memory once no step touches it; failed ones have
+        no advance.
         """
-        if step is not self._in_flight:
-            raise InvariantViolation("completed a step that was not in flight")
-        self._in_flight = None
-        advances = []
         for row, token_id in zip(step.rows, token_ids, strict=True):
             if token_id is None:
                 self._memory.spoil(row.request_id)
-            if row.request_id in self._gone_in_flight:
-                self._gone_in_flight.remove(row.request_id)
-                self._memory.release(row.request_id)
+        unwanted = self._in_flight.land(step)
+        advances = []
+        for row, token_id in zip(step.rows, token_ids, strict=True):
+            if row.request_id in unwanted:
                 continue
             if token_id is None:
                 self.abort(row.request_id)
                 continue
             sequence = self._active[row.request_id]
+            self._memory.consumed(row.request_id, sequence.last_token_id)
             sequence.last_token_id = token_id
             sequence.num_output_tokens += 1
+            sequence.num_in_flight -= 1
             reason = sequence.stop.check(token_id, sequence.num_output_tokens)
             if reason is not None:
                 self.abort(row.request_id)
@@ -141,12 +167,8 @@ class DecodeScheduler:
         if request_id in self._reserved:
             self._reserved.remove(request_id)
             self._memory.release(request_id)
-        elif request_id in self._active:
-            del self._active[request_id]
-            if self._step_touches(request_id):
-                self._gone_in_flight.add(request_id)
-            else:
-                self._memory.release(request_id)
+        elif self._active.pop(request_id, None) is not None:
+            self._in_flight.let_go(request_id)
         elif request_id in self._waiting:
             del self._waiting[request_id]
 
@@ -155,7 +177,7 @@ class DecodeScheduler:
         return (
             request_id in self._active
             or request_id in self._reserved
-            or request_id in self._gone_in_flight
+            or self._in_flight.is_leaving(request_id)
             or request_id in self._waiting
         )
 
@@ -166,7 +188,7 @@ class DecodeScheduler:
     @property
     def num_active(self) -> int:
         """Requests that hold memory."""
-        return len(self._active) + len(self._reserved) + len(self._gone_in_flight)
+        return len(self._active) + len(self._reserved) + self._in_flight.num_leaving
 
     @property
     def queued_tokens(self) -> int:
@@ -177,7 +199,3 @@ class DecodeScheduler:
         self, request_id: str, token_id: int, stop: StopConditions, num_output_tokens: int = 1
     ) -> None:
         self._active[request_id] = _Sequence(request_id, stop, token_id, num_output_tokens)
-
-    def _step_touches(self, request_id: str) -> bool:
-        step = self._in_flight
-        return step is not None and any(row.request_id == request_id for row in step.rows)

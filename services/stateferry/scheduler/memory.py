@@ -17,6 +17,10 @@ class StateMemory(Protocol):
     def release(self, request_id: str) -> None:
         """Return a sequence's memory."""
 
+    def consumed(self, request_id: str, token_id: int) -> None:
+        """A decode step of the sequence has consumed its next token; a later one may be in
+        flight."""
+
     def spoil(self, request_id: str) -> None:
         """What the request computed is not to be trusted: keep none of it when it is released."""
 

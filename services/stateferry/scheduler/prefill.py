@@ -4,6 +4,9 @@ Life of a job::
 
     submit -> waiting -> (memory leased) running -> computed -> release
                  abort at any point; memory is returned once no step in flight can touch it
+
+A slice is taken off a prompt when it is launched: the next step goes on behind it, whether it has
+come back or not.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
 from stateferry.core.request import GenerationRequest
+from stateferry.scheduler.in_flight import InFlight
 from stateferry.scheduler.memory import PromptMemory
 
 
@@ -34,6 +38,10 @@ class ExtendStep:
     slices: tuple[ExtendSlice, ...]
 
     @property
+    def num_rows(self) -> int:
+        return len(self.slices)
+
+    @property
     def num_tokens(self) -> int:
         return sum(part.length for part in self.slices)
 
@@ -42,7 +50,9 @@ class ExtendStep:
 class _Job:
     request: GenerationRequest
     held_tokens: int
-    computed_len: int = 0
+    launched_len: int = 0
+    # All of it: a prompt that was known has a slice without tokens.
+    is_launched: bool = False
 
     @property
     def request_id(self) -> str:
@@ -52,12 +62,24 @@ class _Job:
     def prompt_len(self) -> int:
         return self.request.prompt_len
 
+    def take(self, part: ExtendSlice) -> None:
+        """The slice is launched."""
+        self.launched_len += part.length
+        self.is_launched = part.is_last
+
 
 class PrefillScheduler:
-    """Chunked prefill. One step is in flight at a time: ``schedule``, run it, ``complete``."""
+    """Chunked prefill. Each step: ``schedule``, run it, ``complete`` or ``fail``; up to
+    ``max_in_flight`` of them at once, which run and end in order."""
 
     def __init__(
-        self, memory: PromptMemory, *, grid: int, budget_tokens: int, max_waiting: int
+        self,
+        memory: PromptMemory,
+        *,
+        grid: int,
+        budget_tokens: int,
+        max_waiting: int,
+        max_in_flight: int = 1,
     ) -> None:
         if budget_tokens < grid:
             raise ConfigError(
@@ -70,8 +92,7 @@ class PrefillScheduler:
         self._waiting: deque[_Job] = deque()
         self._running: dict[str, _Job] = {}
         self._computed: set[str] = set()
-        self._in_flight: ExtendStep | None = None
-        self._aborted_in_flight: set[str] = set()
+        self._in_flight: InFlight[ExtendStep] = InFlight(max_in_flight, memory.release)
 
     def submit(self, request: GenerationRequest, held_tokens: int) -> None:
         """Queue a prompt. ``held_tokens`` is the most that the sequence will ever have here, at
@@ -83,53 +104,50 @@ class PrefillScheduler:
         self._waiting.append(_Job(request, held_tokens))
 
     def schedule(self) -> ExtendStep | None:
-        """The next step, or None when nothing can run."""
-        if self._in_flight is not None:
-            raise InvariantViolation("a step is in flight already")
+        """The next step, which is in flight from now on; None when nothing can run now."""
+        if self._in_flight.is_full:
+            return None
         self._admit()
         computed: list[ExtendSlice] = []
         known: list[ExtendSlice] = []
         left = self._budget_tokens
         for job in self._running.values():
+            if job.is_launched:
+                continue
             part = self._cut(job, left)
             if part is None:
                 break
             (computed if part.length else known).append(part)
             left -= part.length
-        slices = (*computed, *known)
-        self._in_flight = ExtendStep(slices) if slices else None
-        return self._in_flight
+        if not computed and not known:
+            return None
+        step = ExtendStep((*computed, *known))
+        for part in step.slices:
+            self._running[part.request_id].take(part)
+        self._in_flight.launch(step, (part.request_id for part in step.slices))
+        return step
 
     def complete(self, step: ExtendStep) -> tuple[str, ...]:
-        """Account for a step that has run; returns the requests whose prompt is now computed."""
-        if step is not self._in_flight:
-            raise InvariantViolation("completed a step that was not in flight")
-        self._in_flight = None
-        finished = []
-        for part in step.slices:
-            if part.request_id in self._aborted_in_flight:
-                self._aborted_in_flight.remove(part.request_id)
-                self._memory.release(part.request_id)
-                continue
-            job = self._running[part.request_id]
-            job.computed_len += part.length
-            if part.is_last:
-                del self._running[part.request_id]
-                self._computed.add(part.request_id)
-                finished.append(part.request_id)
+        """Account for the oldest step, which has run; returns the requests whose prompt is now
+        computed and still wanted."""
+        unwanted = self._in_flight.land(step)
+        finished = [
+            part.request_id
+            for part in step.slices
+            if part.is_last and part.request_id not in unwanted
+        ]
+        for request_id in finished:
+            del self._running[request_id]
+            self._computed.add(request_id)
         return tuple(finished)
 
     def fail(self, step: ExtendStep) -> None:
-        """The step did not run to its end: everything it touched is lost, and its memory
-        returned."""
-        if step is not self._in_flight:
-            raise InvariantViolation("failed a step that was not in flight")
-        self._in_flight = None
+        """The oldest step did not run to its end: the requests that it touched are lost."""
         for part in step.slices:
-            self._running.pop(part.request_id, None)
-            self._aborted_in_flight.discard(part.request_id)
             self._memory.spoil(part.request_id)
-            self._memory.release(part.request_id)
+            if self._running.pop(part.request_id, None) is not None:
+                self._in_flight.let_go(part.request_id)
+        self._in_flight.land(step)
 
     def release(self, request_id: str) -> None:
         """The computed state of a request is needed no longer."""
@@ -144,12 +162,8 @@ class PrefillScheduler:
         """Forget a request in any phase. Unknown ids are ignored: it may have ended already."""
         if request_id in self._computed:
             self.release(request_id)
-        elif request_id in self._running:
-            del self._running[request_id]
-            if self._step_touches(request_id):
-                self._aborted_in_flight.add(request_id)
-            else:
-                self._memory.release(request_id)
+        elif self._running.pop(request_id, None) is not None:
+            self._in_flight.let_go(request_id)
         else:
             self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
 
@@ -158,7 +172,7 @@ class PrefillScheduler:
         return (
             request_id in self._running
             or request_id in self._computed
-            or request_id in self._aborted_in_flight
+            or self._in_flight.is_leaving(request_id)
             or any(job.request_id == request_id for job in self._waiting)
         )
 
@@ -169,13 +183,14 @@ class PrefillScheduler:
     @property
     def num_active(self) -> int:
         """Requests that hold memory."""
-        return len(self._running) + len(self._computed) + len(self._aborted_in_flight)
+        return len(self._running) + len(self._computed) + self._in_flight.num_leaving
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens not computed yet."""
         jobs = (*self._waiting, *self._running.values())
-        return sum(job.prompt_len - job.computed_len for job in jobs)
+        launched = sum(step.num_tokens for step in self._in_flight.steps)
+        return launched + sum(job.prompt_len - job.launched_len for job in jobs)
 
     def _admit(self) -> None:
         while self._waiting:
@@ -183,11 +198,11 @@ class PrefillScheduler:
             resumed = self._memory.resume(job.request, job.held_tokens)
             if resumed is None:
                 return
-            job.computed_len = resumed
+            job.launched_len = resumed
             self._running[job.request_id] = self._waiting.popleft()
 
     def _cut(self, job: _Job, budget_tokens: int) -> ExtendSlice | None:
-        start = job.computed_len
+        start = job.launched_len
         remaining = job.prompt_len - start
         if remaining <= budget_tokens:
             return ExtendSlice(job.request_id, start, remaining, is_last=True)
@@ -196,7 +211,3 @@ class PrefillScheduler:
         if end <= start:
             return None
         return ExtendSlice(job.request_id, start, end - start, is_last=False)
-
-    def _step_touches(self, request_id: str) -> bool:
-        step = self._in_flight
-        return step is not None and any(part.request_id == request_id for part in step.slices)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+_EVENTS = ("inserted", "duplicate", "evicted", "dropped", "moved_out", "restored")
+
 # Family -> help, labels, and for each counter of the cache its labels' values.
 _FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "stateferry_cache_lookups": ("Prompts that were looked up.", (), {"lookups": ()}),
@@ -33,13 +35,23 @@ _FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = 
     ),
     "stateferry_cache_entries": (
         "What entered the cache, was there already, left it for want of memory or for another "
-        "reason, or came back from host memory.",
+        "reason, was moved to host memory or came back from there.",
         ("kind", "event"),
         {
             f"{kind}s_{event}": (kind, event)
             for kind in ("state", "tail", "kv_page")
-            for event in ("inserted", "duplicate", "evicted", "dropped", "restored")
+            for event in _EVENTS
             if (kind, event) != ("kv_page", "dropped")
+        },
+    ),
+    "stateferry_cache_host_bytes": (
+        "Bytes moved to host memory, dropped there and brought back from there. It holds what was "
+        "moved out and not dropped.",
+        ("event",),
+        {
+            "host_moved_out_bytes": ("moved_out",),
+            "host_dropped_bytes": ("dropped",),
+            "host_restored_bytes": ("restored",),
         },
     ),
     "stateferry_cache_copies": (

@@ -139,6 +139,12 @@ class WorkerMetrics:
         self._step_time = histogram(
             "step_seconds", "One forward pass.", buckets.STEP_SECONDS, ("kind",)
         )
+        self._gap_time = histogram(
+            "step_gap_seconds",
+            "Between two forward passes, when the next one was there to be run.",
+            buckets.STEP_SECONDS,
+            ("kind",),
+        )
         self._step_rows = histogram(
             "step_sequences", "Sequences in one forward pass.", buckets.BATCH_ROWS, ("kind",)
         )
@@ -167,6 +173,10 @@ class WorkerMetrics:
         self._step_time.labels(kind).observe(seconds)
         self._step_rows.labels(kind).observe(rows)
         self._step_tokens.labels(kind).observe(tokens)
+
+    def observe_gap(self, kind: str, seconds: float) -> None:
+        """The engine had nothing to run before such a pass, though there was work."""
+        self._gap_time.labels(kind).observe(seconds)
 
     def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
         """A hand-off is complete."""

@@ -17,18 +17,20 @@ WORKER_FINISH_REASON_STOP: WorkerFinishReason
 WORKER_FINISH_REASON_LENGTH: WorkerFinishReason
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("ticket", "prompt_ids", "sampling", "stop", "prompt_logprobs")
+    __slots__ = ("ticket", "prompt_ids", "sampling", "stop", "prompt_logprobs", "snapshot_hints")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_HINTS_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: WorkerSampling
     stop: WorkerStop
     prompt_logprobs: int
-    def __init__(self, ticket: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    snapshot_hints: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[bytes] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., snapshot_hints: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("first_token", "handed_off", "prompt_tokens")
@@ -75,30 +77,36 @@ class HandedOff(_message.Message):
     def __init__(self, size_bytes: _Optional[int] = ..., duration_s: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("ticket", "sampling", "stop", "seen_prompt_ids")
+    __slots__ = ("ticket", "sampling", "stop", "seen_prompt_ids", "prompt_ids")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     SEEN_PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     sampling: WorkerSampling
     stop: WorkerStop
     seen_prompt_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[bytes] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., seen_prompt_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[bytes] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., seen_prompt_ids: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
-    __slots__ = ("reserved", "tokens", "finished")
+    __slots__ = ("reserved", "tokens", "finished", "first_token")
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     reserved: Reserved
     tokens: Tokens
     finished: WorkerFinish
-    def __init__(self, reserved: _Optional[_Union[Reserved, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[WorkerFinish, _Mapping]] = ...) -> None: ...
+    first_token: FirstToken
+    def __init__(self, reserved: _Optional[_Union[Reserved, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[WorkerFinish, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("runs_prompt",)
+    RUNS_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    runs_prompt: bool
+    def __init__(self, runs_prompt: _Optional[bool] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("index", "tokens")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from stateferry.config import WorkerSection
@@ -12,6 +14,7 @@ from stateferry_kernels.operations import Kernels
 _GPU_BACKEND = "triton"
 DEVICES = ("auto", "cpu", "cuda")
 DECODE_GRAPHS = ("auto", "off")
+OVERLAP = ("auto", "on", "off")
 
 
 def pick_device(worker: WorkerSection) -> tuple[torch.device, Kernels]:
@@ -41,6 +44,15 @@ def wants_graphs(worker: WorkerSection, device: torch.device, kernels: Kernels) 
         )
     can = device.type == "cuda" and kernels.name == _GPU_BACKEND
     return can and worker.decode_graphs == "auto"
+
+
+def steps_in_flight(worker: WorkerSection, device: torch.device) -> Literal[1, 2]:
+    """How many steps may have been planned and not come back: 2 where they overlap. Raises
+    ConfigError."""
+    if worker.overlap not in OVERLAP:
+        raise ConfigError("worker.overlap", f"{worker.overlap!r} is none of {', '.join(OVERLAP)}")
+    overlaps = worker.overlap == "on" or (worker.overlap == "auto" and device.type == "cuda")
+    return 2 if overlaps else 1
 
 
 def _gpu_serves(kernels: str) -> bool:

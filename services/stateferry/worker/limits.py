@@ -25,6 +25,8 @@ def check_request(request: GenerationRequest, limits: ModelLimits) -> None:
         raise InvalidRequest("prompt_ids", "must not be empty")
     check_ids("prompt_ids", request.prompt_ids, limits)
     check_stop_ids(request.stop, limits)
+    if not all(1 <= hint <= request.prompt_len for hint in request.snapshot_hints):
+        raise InvalidRequest("snapshot_hints", "a position is outside the prompt")
     if request.prompt_len + request.stop.max_tokens > limits.max_context_tokens:
         raise InvalidRequest("stop.max_tokens", f"exceeds {limits.max_context_tokens} in all")
 

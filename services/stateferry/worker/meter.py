@@ -11,6 +11,10 @@ class WorkerMeter(Protocol):
     def observe_step(self, kind: str, seconds: float, rows: int, tokens: int) -> None:
         """One forward pass, "extend" or "decode"."""
 
+    def observe_gap(self, kind: str, seconds: float) -> None:
+        """The engine had nothing to run before such a pass, though there was work: what overlapped
+        scheduling is there to avoid."""
+
     def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
         """A hand-off is complete."""
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -31,14 +32,17 @@ from stateferry.engine.runner import ModelRunner
 from stateferry.guided.compiler import GuideCompiler
 from stateferry.models.model import Model
 from stateferry.models.registry import load_model
-from stateferry.worker.device import pick_device, wants_graphs
+from stateferry.worker.device import pick_device, steps_in_flight, wants_graphs
 from stateferry.worker.limits import ModelLimits
 from stateferry.worker.memory import automatic_budget_bytes, automatic_cache_bytes
 from stateferry.worker.reuse import reuse_of
+from stateferry_kernels.dispatch import without_row_independence
+from stateferry_kernels.operations import Kernels
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NUMERICS = ("exact", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class EngineParts:
     limits: ModelLimits
     rules: RulesMaker
     kernels: str
+    steps_in_flight: Literal[1, 2]
 
 
 def build_engine(
@@ -71,6 +76,8 @@ def build_engine(
     dtype = _DTYPES[model.dtype]
     torch.set_num_threads(worker.threads)
     device, kernels = pick_device(worker)
+    kernels = _with_numerics(kernels, model.numerics)
+    in_flight = steps_in_flight(worker, device)
     loaded = load_model(model_dir, dtype=dtype, kernels=kernels, device=device, progress=progress)
     grid = model.grid_tokens or loaded.chunk_size
     weights = weights_fingerprint(model_dir)
@@ -117,7 +124,19 @@ def build_engine(
         limits=ModelLimits(loaded.vocab_size, model.max_context_tokens),
         rules=_rules(model_dir, loaded.vocab_size),
         kernels=kernels.name,
+        steps_in_flight=in_flight,
     )
+
+
+def _with_numerics(kernels: Kernels, numerics: str) -> Kernels:
+    if numerics not in NUMERICS:
+        raise ConfigError("model.numerics", f"{numerics!r} is none of {', '.join(NUMERICS)}")
+    if numerics == "exact":
+        return kernels
+    try:
+        return without_row_independence(kernels)
+    except ValueError as error:
+        raise ConfigError("model.numerics", f"{numerics!r}: {error}") from error
 
 
 def _rules(model_dir: Path, vocab_size: int) -> RulesMaker:
@@ -177,8 +196,8 @@ def _try_out(runner: ModelRunner, cache: StateCache, prompt_len: int) -> None:
     if not cache.reserve("try-out", num_tokens=prompt_len + 1):
         raise InvariantViolation("the pools of an idle worker are full")
     lease = cache.lease("try-out")
-    tokens = runner.extend(ExtendBatch((ExtendRow(lease, (0,) * prompt_len, spec),)))
-    tokens += runner.decode(DecodeBatch((DecodeInput(lease, 0, spec),)))
+    tokens = runner.extend(ExtendBatch((ExtendRow(lease, (0,) * prompt_len, spec),)))()
+    tokens += runner.decode(DecodeBatch((DecodeInput(lease, 0, spec),)))()
     cache.release("try-out")
     if None in tokens:
         raise ModelError("the model gives logits that are not finite")

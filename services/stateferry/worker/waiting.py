@@ -23,11 +23,12 @@ async def run_to_end(
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await _settle(work)
+        await settle(work)
         raise
 
 
-async def _settle(work: Awaitable[object]) -> None:
+async def settle(work: Awaitable[object]) -> None:
+    """Wait until ``work`` has ended, well or not, whoever cancels the wait."""
     task = asyncio.ensure_future(work)
     while not task.done():
         try:

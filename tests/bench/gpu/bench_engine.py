@@ -118,7 +118,7 @@ def _prefill_ms(parts: EngineParts, length: int) -> float:
     row = ExtendRow(parts.cache.lease("prefill"), (7,) * length, _spec())
     torch.cuda.synchronize()
     began_s = time.perf_counter()
-    parts.runner.extend(ExtendBatch((row,)))
+    parts.runner.extend(ExtendBatch((row,)))()
     took_s = time.perf_counter() - began_s
     parts.cache.release("prefill")
     return took_s * 1e3
@@ -130,12 +130,12 @@ def _decode_ms(parts: EngineParts, batch: int, steps: int) -> float:
     for number, name in enumerate(names):
         assert parts.cache.reserve(name, PROMPT + batch + steps + 8)
         row = ExtendRow(parts.cache.lease(name), (7,) * (PROMPT + number), _spec())
-        parts.runner.extend(ExtendBatch((row,)))
+        parts.runner.extend(ExtendBatch((row,)))()
     times = []
     for step in range(steps + 5):
         rows = tuple(DecodeInput(parts.cache.lease(name), 7 + step, _spec()) for name in names)
         began_s = time.perf_counter()
-        parts.runner.decode(DecodeBatch(rows))
+        parts.runner.decode(DecodeBatch(rows))()
         times.append((time.perf_counter() - began_s) * 1e3)
     for name in names:
         parts.cache.release(name)

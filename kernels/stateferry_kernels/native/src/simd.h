@@ -66,6 +66,8 @@ SF_INLINE F16 zero() { return {_mm512_setzero_ps()}; }
 SF_INLINE F16 set1(float a) { return {_mm512_set1_ps(a)}; }
 SF_INLINE F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 SF_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+// Past the caches, to a multiple of 64 bytes: for what nobody reads soon.
+SF_INLINE void store_past(float* p, F16 a) { _mm512_stream_ps(p, a.v); }
 SF_INLINE F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 SF_INLINE F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 SF_INLINE F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -135,6 +137,11 @@ SF_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps
 SF_INLINE void store(float* p, F16 a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
+}
+// Past the caches, to a multiple of 64 bytes: for what nobody reads soon.
+SF_INLINE void store_past(float* p, F16 a) {
+    _mm256_stream_ps(p, a.lo);
+    _mm256_stream_ps(p + 8, a.hi);
 }
 #define SF_BINARY(name, op) \
     SF_INLINE F16 name(F16 a, F16 b) { return {op(a.lo, b.lo), op(a.hi, b.hi)}; }
@@ -316,6 +323,7 @@ template <class T>
 SF_INLINE void store(T* p, F16 a) {
     store_n(p, a, LANES);
 }
+SF_INLINE void store_past(float* p, F16 a) { store(p, a); }
 // Elements 0, 2, 4, .. and 1, 3, 5, .. of 32.
 SF_INLINE void load_pairs(const bf16* p, F16& even, F16& odd) {
     SF_LANES {
@@ -336,6 +344,13 @@ SF_INLINE void sum4(F16 a, F16 b, F16 c, F16 d, float* to) {
 }
 #undef SF_LANES
 
+#endif
+
+#if defined(SF_AVX512) || defined(SF_AVX2)
+// Before others are told of what store_past() wrote.
+inline void fence_stores() { _mm_sfence(); }
+#else
+inline void fence_stores() {}
 #endif
 
 #if defined(SF_AVX512) || defined(SF_AVX2)

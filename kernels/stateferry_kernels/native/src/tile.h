@@ -139,17 +139,6 @@ inline void dot(const TA* a, int64_t lda, int64_t rows, const TB* b, int64_t ldb
     }
 }
 
-// The same where both have many rows: so few rows of b at a time that they stay in the nearest cache
-// while all of a passes by.
-template <class TA, class TB>
-inline void dot_blocked(const TA* a, int64_t lda, int64_t rows, const TB* b, int64_t ldb,
-                        int64_t cols, int64_t depth, float* out, int64_t ldo) {
-    constexpr int64_t BLOCK = 16;
-    for (int64_t j = 0; j < cols; j += BLOCK)
-        dot(a, lda, rows, b + j * ldb, ldb, cols - j < BLOCK ? cols - j : BLOCK, depth, out + j,
-            ldo);
-}
-
 // The same where b is large: each of its rows passes by once, and all of a meets it there.
 template <class TA, class TB>
 inline void dot_streamed(const TA* a, int64_t lda, int64_t rows, const TB* b, int64_t ldb,

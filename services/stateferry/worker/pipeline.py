@@ -1,0 +1,145 @@
+"""Steps of one engine, one after the other on its thread, the next one planned while one runs.
+
+::
+
+    event loop   plan 1   plan 2   land 1, plan 3   land 2, plan 4
+    engine       -        step 1   step 2           step 3
+
+With overlap off a step is planned when the one before has landed. The scheduler decides: it has no
+step to give while it has as many in flight as it may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from stateferry.core.clock import Clock
+from stateferry.engine.runner import Launch, Sampled
+from stateferry.worker.meter import WorkerMeter
+from stateferry.worker.waiting import Wakeup, run_to_end, settle
+
+log = logging.getLogger(__name__)
+
+
+class Step(Protocol):
+    """One forward pass."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+T = TypeVar("T")
+StepT = TypeVar("StepT", bound=Step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    sampled: Sampled
+    began_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight(Generic[StepT]):
+    step: StepT
+    ran: asyncio.Future[_Ran]
+    # Whether there was nothing that it could have followed without a gap.
+    is_first: bool
+
+
+class Pipeline(Generic[StepT]):
+    """``schedule`` gives the next step, or None; ``plan`` makes its launch; ``land`` gets a step
+    with what it sampled or what it failed with, in the order of ``schedule``, and may not raise."""
+
+    def __init__(
+        self,
+        kind: str,
+        executor: Executor,
+        clock: Clock,
+        meter: WorkerMeter,
+        *,
+        schedule: Callable[[], StepT | None],
+        plan: Callable[[StepT], Launch],
+        land: Callable[[StepT, Sampled | Exception], None],
+    ) -> None:
+        """``executor`` has one thread; ``kind`` is the steps' name in the metrics."""
+        self._kind = kind
+        self._executor = executor
+        self._clock = clock
+        self._meter = meter
+        self._schedule = schedule
+        self._plan = plan
+        self._land = land
+        self._wakeup = Wakeup()
+        self._in_flight: deque[_InFlight[StepT]] = deque()
+        self._ended_s = 0.0
+        self._is_idle = True
+
+    def wake(self) -> None:
+        """There may be something to schedule."""
+        self._wakeup.set()
+
+    async def run(self) -> None:
+        """For ever. Cancelled, it returns once nothing is in flight; nothing lands any more."""
+        try:
+            while True:
+                self._launch_what_can_be()
+                self._is_idle = not self._in_flight
+                if self._in_flight and self._in_flight[0].ran.done():
+                    self._take(self._in_flight.popleft())
+                else:
+                    await self._wakeup.wait()
+        finally:
+            for launched in self._in_flight:
+                await settle(launched.ran)
+
+    async def in_order(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the engine's thread, behind what is in flight. Never returns before it
+        has ended, even when cancelled."""
+        return await run_to_end(self._executor, work)
+
+    def _launch_what_can_be(self) -> None:
+        while (step := self._schedule()) is not None:
+            ran = self._launch(step)
+            ran.add_done_callback(lambda _: self._wakeup.set())
+            self._in_flight.append(_InFlight(step, ran, self._is_idle))
+            self._is_idle = False
+
+    def _launch(self, step: StepT) -> asyncio.Future[_Ran]:
+        loop = asyncio.get_running_loop()
+        try:
+            launch = self._plan(step)
+        except Exception as error:
+            failed: asyncio.Future[_Ran] = loop.create_future()
+            failed.set_exception(error)
+            return failed
+        return loop.run_in_executor(self._executor, self._run, launch)
+
+    def _run(self, launch: Launch) -> _Ran:
+        began_s = self._clock.monotonic_s()
+        sampled = launch()
+        return _Ran(sampled, began_s, self._clock.monotonic_s())
+
+    def _take(self, launched: _InFlight[StepT]) -> None:
+        try:
+            ran = launched.ran.result()
+        except Exception as error:
+            log.exception("a step of kind %s failed", self._kind)
+            self._land(launched.step, error)
+            return
+        step = launched.step
+        took_s = ran.ended_s - ran.began_s
+        self._meter.observe_step(self._kind, took_s, step.num_rows, step.num_tokens)
+        if not launched.is_first:
+            self._meter.observe_gap(self._kind, ran.began_s - self._ended_s)
+        self._ended_s = ran.ended_s
+        self._land(step, ran.sampled)
