@@ -255,6 +255,31 @@ def test_snapshots_never_keep_a_sequence_waiting() -> None:
         assert cache.prefixes.counters.snapshots_skipped == 4 * 7 - spare
 
 
+def test_a_shared_beginning_is_resumed_when_it_is_first_met_again() -> None:
+    """A beginning that two prompts share, with long and different ends: while there is free memory
+    nobody has to say where it ends, and once there is none, nothing goes for it."""
+    rules = replace(reuse(), free_interval=2 * GRID)
+    cache = cache_of(KV, rules)
+    shared = tuple(range(5 * GRID + 7))
+
+    def request(name: str, first: int) -> GenerationRequest:
+        ids = (*shared, *range(first, first + 2 * GRID))
+        return replace(prompt(name, 1), prompt_ids=ids)
+
+    assert run(cache, request("a", 1000)) == 0
+    assert run(cache, request("b", 2000)) == 4 * GRID
+    full = cache_of(KV, rules)
+    slots = full.prefixes.pools.state_slots
+    assert full.prefixes.allocate("somebody", state_slots=slots.total - 8) is not None
+    for number, name in enumerate("ab", start=1):
+        assert full.resume(request(name, 1000 * number), 8 * GRID) == 0
+        assert not full.lease(name).snapshot_slots
+        compute(full, request(name, 1000 * number))
+        full.release(name)
+    # Where they part, which is missed, and not what was only welcome.
+    assert full.prefixes.counters.snapshots_skipped == 1
+
+
 def test_reuse_can_be_off() -> None:
     cache = small_cache(max_sequences=4, kv=KV, max_context_tokens=8 * GRID)
     assert run(cache, prompt("a", 3 * GRID)) == 0
@@ -270,7 +295,7 @@ def test_long_prompts_get_wider_intervals(
     length: int, interval: int, most: int, expected: int
 ) -> None:
     rules = replace(reuse(interval=interval), max_snapshots=most)
-    assert rules.interval_for(length) == expected
+    assert rules.spread(interval, length) == expected
 
 
 @KINDS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stateferry.prefix.snapshot_plan import plan_snapshots
+from stateferry.prefix.snapshot_plan import SnapshotPlan, plan_snapshots
 
 
 def test_the_last_grid_point_and_the_tail_are_always_there() -> None:
@@ -46,6 +46,21 @@ def test_when_slots_are_short_the_branch_comes_first_then_deep_hints_then_the_in
     assert plan.num_skipped == 4 and plan.last == 960
 
 
+def test_closer_ones_where_nothing_has_to_go_for_them() -> None:
+    def plan(spare: int, free: int) -> SnapshotPlan:
+        return plan_snapshots(
+            1000, 128, 64, spare_slots=spare, interval=512, free_slots=free, free_interval=128
+        )
+
+    assert plan(9, 0).optional == (512,)
+    # One of those that are free goes to what is wanted in any case.
+    assert plan(9, 1).optional == (512,) and plan(9, 2).optional == (512, 896)
+    assert plan(9, 9).optional == (256, 384, 512, 640, 768, 896)
+    assert plan(3, 9).optional == (512, 768, 896)
+    assert plan(0, 9).optional == () and plan(0, 9).num_skipped == 1
+    assert all(plan(9, free).num_skipped == 0 for free in range(9))
+
+
 def test_what_an_extend_passes() -> None:
     plan = plan_snapshots(1000, 0, 64, spare_slots=9, interval=256)
     assert plan.boundaries == (256, 512, 768, 960)
@@ -53,7 +68,9 @@ def test_what_an_extend_passes() -> None:
     assert plan.within(256, 511) == () and plan.within(700, 1000) == (768, 960)
 
 
-@pytest.mark.parametrize("wrong", [{"branch_position": 65}, {"interval": 96}])
+@pytest.mark.parametrize(
+    "wrong", [{"branch_position": 65}, {"interval": 96}, {"free_interval": 96}]
+)
 def test_what_is_off_the_grid_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="grid"):
         plan_snapshots(1000, 0, 64, spare_slots=9, **wrong)

@@ -28,6 +28,12 @@ class Headroom:
         return max(self._prefixes.obtainable_slots - SLOTS_PER_SEQUENCE * self.seats, 0)
 
     @property
+    def free_slots(self) -> int:
+        """Those among them that hold nothing."""
+        free = self._prefixes.pools.state_slots.num_free
+        return max(free - SLOTS_PER_SEQUENCE * self.seats, 0)
+
+    @property
     def tails(self) -> int:
         """Likewise tail pages."""
         return max(self._prefixes.obtainable_tails - TAIL_PAGES_PER_SEQUENCE * self.seats, 0)

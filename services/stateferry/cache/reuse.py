@@ -12,14 +12,16 @@ from stateferry.prefix.state_tracking import StateStrategy, StateTracking
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """``weights`` and ``layout`` are fingerprints: states of others are never shared. States are
-    kept every ``interval`` tokens of a prompt, a multiple of the grid, 0 for none, but no more than
-    ``max_snapshots`` of one prompt: with 0 not even where it parts from others."""
+    kept every ``interval`` tokens of a prompt, a multiple of the grid, 0 for none, and every
+    ``free_interval`` where nothing has to go for it, but no more than ``max_snapshots`` of one
+    prompt: with 0 not even where it parts from others."""
 
     is_on: bool
     weights: str
     layout: str
     tracking: StateTracking
     interval: int = 0
+    free_interval: int = 0
     max_snapshots: int = 16
     options: CacheOptions = field(default_factory=CacheOptions)
 
@@ -27,13 +29,13 @@ class Reuse:
         """Of the prompts that were sent with ``salt``."""
         return namespace_of((salt, self.weights, self.layout))
 
-    def interval_for(self, prompt_len: int) -> int:
-        """Wider than ``interval`` where a prompt would get too many."""
+    def spread(self, interval: int, prompt_len: int) -> int:
+        """Wider than ``interval``, one of the two, where a prompt would get too many."""
         grid = self.tracking.grid
-        if not self.interval or not self.max_snapshots:
+        if not interval or not self.max_snapshots:
             return 0
         widest = -(-prompt_len // (self.max_snapshots * grid)) * grid
-        return max(self.interval, widest)
+        return max(interval, widest)
 
 
 NO_REUSE = Reuse(

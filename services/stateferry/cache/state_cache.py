@@ -293,7 +293,9 @@ class StateCache:
             spare_slots=self._headroom.slots,
             branch_position=match.branch_position if keeps_some else None,
             hints=request.snapshot_hints if keeps_some else (),
-            interval=self.reuse.interval_for(request.prompt_len),
+            interval=self.reuse.spread(self.reuse.interval, request.prompt_len),
+            free_slots=self._headroom.free_slots,
+            free_interval=self.reuse.spread(self.reuse.free_interval, request.prompt_len),
         )
         self.prefixes.count_plan(plan)
         grant = self.prefixes.allocate(request.request_id, state_slots=len(plan.optional))

@@ -38,6 +38,8 @@ def plan_snapshots(
     branch_position: int | None = None,
     hints: Iterable[int] = (),
     interval: int = 0,
+    free_slots: int = 0,
+    free_interval: int = 0,
 ) -> SnapshotPlan:
     """Plan for a prompt whose first ``prefix_len`` tokens were resumed.
 
@@ -45,27 +47,38 @@ def plan_snapshots(
     that somebody expects to come back to (ends of messages, the router's), rounded down to the
     grid, those outside what is computed now ignored; ``interval`` wants every multiple of it, 0
     none. When more than ``spare_slots`` are wanted, the branch comes first, then hints, then the
-    interval, deeper ones, which save more, before others.
+    interval, deeper ones, which save more, before others. Multiples of ``free_interval`` get what
+    that leaves of the ``free_slots`` among them, which hold nothing, and are not missed.
     """
     last = prompt_len // grid * grid
     if branch_position is not None and branch_position % grid:
         raise ValueError(f"branch_position {branch_position} is off the grid of {grid}")
-    if interval % grid:
-        raise ValueError(f"interval {interval} is not a multiple of the grid of {grid}")
-    step = interval or last + 1
+    for each in (interval, free_interval):
+        if each % grid:
+            raise ValueError(f"interval {each} is not a multiple of the grid of {grid}")
     wishes = (
         [branch_position or 0],
         sorted((hint // grid * grid for hint in hints), reverse=True),
-        range(prompt_len // step * step, prefix_len, -step),
+        _multiples(interval, last),
     )
     # A dict keeps the order of the wishes and one of each.
     wanted = dict.fromkeys(
         position for wish in wishes for position in wish if prefix_len < position < last
     )
     chosen = list(wanted)[: max(spare_slots, 0)]
+    num_free = min(free_slots, spare_slots) - len(chosen)
+    extra = [
+        p for p in _multiples(free_interval, last) if prefix_len < p < last and p not in wanted
+    ]
+    chosen += extra[: max(num_free, 0)]
     return SnapshotPlan(
         last=last if last > prefix_len else None,
         optional=tuple(sorted(chosen)),
         tail_rows=prompt_len - last,
-        num_skipped=len(wanted) - len(chosen),
+        num_skipped=len(wanted.keys() - set(chosen)),
     )
+
+
+def _multiples(interval: int, last: int) -> range:
+    """The deepest first; none of 0."""
+    return range(last // interval * interval, 0, -interval) if interval else range(0)

@@ -11,6 +11,8 @@ from stateferry.prefix.state_tracking import check_tracking
 
 # Closer ones of a prompt push out more than they give, by the hit rates of `make bench-cache`.
 _SNAPSHOT_INTERVALS = 16
+# Without them a prefix that prompts share is met for the second time before its state is kept.
+_FREE_INTERVALS = 4
 _TRACK_INTERVALS = 4
 _EVICTION = ("value", "lru")
 
@@ -41,6 +43,7 @@ def reuse_of(section: CacheSection, model: Model, grid: int, weights: str, layou
             page_tokens=grid if model.kv_geometry.num_layers else None,
         ),
         interval=max(interval, 0),
+        free_interval=0 if section.snapshot_interval_tokens else _FREE_INTERVALS * grid,
         max_snapshots=section.max_snapshots_per_prompt,
         options=CacheOptions(
             eviction=section.eviction,

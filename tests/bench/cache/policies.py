@@ -126,12 +126,14 @@ def _one_snapshot(reuse: Reuse, budget_tokens: int) -> Reuse:
     # which costs nothing here: the closest interval, the grid's own, is its best.
     tracking = StateTracking(StateStrategy.NO_BUFFER, reuse.tracking.grid, reuse.tracking.grid)
     interval = budget_tokens // tracking.grid * tracking.grid
-    return replace(reuse, tracking=tracking, interval=interval, options=LRU)
+    return replace(reuse, tracking=tracking, interval=interval, free_interval=0, options=LRU)
 
 
 def _leaf_only(reuse: Reuse, budget_tokens: int) -> Reuse:
     tracking = StateTracking(StateStrategy.NO_BUFFER, reuse.tracking.grid, reuse.tracking.grid)
-    return replace(reuse, tracking=tracking, interval=0, max_snapshots=0, options=LRU)
+    return replace(
+        reuse, tracking=tracking, interval=0, free_interval=0, max_snapshots=0, options=LRU
+    )
 
 
 _TOKENS = (128, 256, 384, 512, 1024, 2048)
