@@ -202,7 +202,7 @@ class CacheSection:
     snapshot_interval_tokens: int = _setting(
         0,
         "Distance of the states kept inside a prompt, a multiple of the grid. 0: 16 grid "
-        "intervals, and 4 while no cached state has to go for that; -1: none but the end and where "
+        "intervals, and 2 while no cached state has to go for that; -1: none but the end and where "
         "prompts part.",
         least=-1,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stateferry.cache.hybrid_cache import PageCopy
+from stateferry.cache.page_copy import PageCopy
 from stateferry.core.sampling import SamplingParams
 from stateferry.engine import runner as runner_module
 from stateferry.engine.forward_batch import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
-from stateferry.cache.hybrid_cache import PageCopy
+from stateferry.cache.page_copy import PageCopy
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
 from stateferry.engine.runner import Launch, Sampled

@@ -19,7 +19,7 @@ from stateferry.cache.handles import StateHandle, TailHandle
 from stateferry.cache.host_tier import HostOffload, HostStore, PlaceBytes
 from stateferry.cache.insertion import Computed, Inserted, insert
 from stateferry.cache.lookup import Match, look_up
-from stateferry.cache.page_copy import PageCopy as PageCopy
+from stateferry.cache.page_copy import PageCopy
 from stateferry.cache.restore import restore
 from stateferry.cache.slots import Occupancy
 from stateferry.core.errors import InvariantViolation

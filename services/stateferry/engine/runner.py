@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from stateferry.cache.hybrid_cache import PageCopy
 from stateferry.cache.page_copies import run_copies
+from stateferry.cache.page_copy import PageCopy
 from stateferry.cache.pools import SequencePools
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.extend_logits import (

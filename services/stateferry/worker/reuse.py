@@ -12,7 +12,7 @@ from stateferry.prefix.state_tracking import check_tracking
 # Closer ones of a prompt push out more than they give, by the hit rates of `make bench-cache`.
 _SNAPSHOT_INTERVALS = 16
 # Without them a prefix that prompts share is met for the second time before its state is kept.
-_FREE_INTERVALS = 4
+_FREE_INTERVALS = 2
 _TRACK_INTERVALS = 4
 _EVICTION = ("value", "lru")
 
