@@ -191,12 +191,15 @@ def test_strategies(kv: KvGeometry, strategy: StateStrategy) -> None:
 
 @KINDS
 @pytest.mark.parametrize("decoded", [1, GRID - 2, GRID - 1, GRID, GRID + 1, 2 * GRID - 1])
-def test_a_step_too_many_changes_nothing_that_is_kept(kv: KvGeometry, decoded: int) -> None:
+@pytest.mark.parametrize("strategy", [StateStrategy.EXTRA_BUFFER, StateStrategy.NO_BUFFER])
+def test_a_step_too_many_changes_nothing_that_is_kept(
+    kv: KvGeometry, decoded: int, strategy: StateStrategy
+) -> None:
     """Steps overlap: each is planned before the one before it has come back, and the last one of
     them nobody wanted, whatever grid point it has passed."""
     kept = []
     for late in (0, 1):
-        cache = cache_of(kv)
+        cache = cache_of(kv, reuse(strategy))
         request = prompt("a", 2 * GRID)
         assert cache.resume(request, 5 * GRID) == 0
         lease = compute(cache, request)

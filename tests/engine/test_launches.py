@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from stateferry.cache.page_copy import PageCopy
+from stateferry.core.errors import GuideBroke
 from stateferry.core.sampling import SamplingParams
 from stateferry.engine import runner as runner_module
 from stateferry.engine.forward_batch import (
@@ -15,6 +17,8 @@ from stateferry.engine.forward_batch import (
     PendingToken,
     SampleSpec,
 )
+from stateferry.engine.rules import SequenceRules
+from stateferry.engine.sampler import sample
 from stateferry.worker.parts import EngineParts
 from support.local_engine import local_engine
 from support.tiny_hybrid import CHUNK, write_tiny_hybrid
@@ -90,3 +94,12 @@ def test_a_launch_does_not_touch_leases(parts: EngineParts) -> None:
     launch()
     assert (lease.position, lease.state_slot, lease.next_slot) == planned
     parts.cache.release("a")
+
+
+def test_the_step_behind_a_failure_does_not_rename_it() -> None:
+    """It was planned before the failure was known, and meets rules that missed a token."""
+    rules = SequenceRules(SamplingParams(0.0, 0, 1.0, 0, None), None, None)
+    rules.failure = GuideBroke("too complex")
+    late = SampleSpec(SamplingParams(0.0, 0, 1.0, 0, None), 2, rules=rules)
+    assert sample(torch.zeros(1, 8), [late]) == [None]
+    assert isinstance(rules.failure, GuideBroke)
