@@ -225,6 +225,29 @@ def test_a_step_too_many_changes_nothing_that_is_kept(
     assert kept[0] == kept[1]
 
 
+@KINDS
+@pytest.mark.parametrize("decoded", range(GRID - 3, GRID + 2))
+def test_two_steps_that_nobody_wanted(kv: KvGeometry, decoded: int) -> None:
+    """Cut off while two steps are in flight. Where the first of them fills the tail, the second one
+    writes over its beginning: no token of that tail may be resumed from."""
+    cache = cache_of(kv, reuse(StateStrategy.NO_BUFFER))
+    request = prompt("a", 2 * GRID)
+    assert cache.resume(request, 5 * GRID) == 0
+    lease = compute(cache, request)
+    cache.publish("a")
+    for token in range(1000, 1000 + decoded):
+        lease.advance(1, GRID)
+        cache.consumed("a", token)
+    lease.advance(1, GRID)
+    lease.advance(1, GRID)
+    cache.release("a")
+    cache.check_conserved()
+    tokens = (*request.prompt_ids, *range(1000, 1000 + decoded), 7)
+    assert run(cache, replace(request, request_id="b", prompt_ids=tokens)) == (
+        2 * GRID if decoded == GRID - 1 else 2 * GRID + decoded
+    )
+
+
 def test_without_room_states_are_skipped_and_counted() -> None:
     """Every slot belongs to a running sequence: nothing can be given away, nothing breaks."""
     cache = cache_of(KV, sequences=2, cache_bytes=0)

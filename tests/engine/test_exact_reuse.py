@@ -152,6 +152,40 @@ def test_where_an_unforeseen_end_is_resumed(model_dir: Path, overlap: bool) -> N
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+def test_what_was_cut_off_is_resumed_right(model_dir: Path, overlap: bool) -> None:
+    """Aborted at and around a grid point, with overlap while two steps are in flight, of which the
+    second one may have written over a tail."""
+    rng = random.Random(9)
+    oracle = Oracle(model_dir)
+    cached, parts = engine(model_dir, CacheSection(memory_bytes=2 << 20), overlap=overlap)
+    counters = parts.cache.prefixes.counters
+    depths = []
+    for number in range(CHUNK - 8, CHUNK + 3):
+        ids, name = words(rng, 5), f"cut{number}"
+        cached.submit(ask(name, ids, 60, temperature=2.0))
+        while len(cached.outputs[name].tokens) < number - len(ids):
+            cached.step()
+        tokens = cached.outputs[name].token_ids
+        if overlap:
+            # As a worker's loop does at once: the second one.
+            cached._launch_decode()
+            assert len(cached._in_flight) == 2
+        cached.abort(name)
+        cached.settle()
+        parts.cache.check_conserved()
+        before = counters.boundary_hit_tokens + counters.tail_hit_tokens
+        request = ask(f"n{number}", (*ids, *tokens, 5, 6))
+        [output] = cached.generate([request]).values()
+        assert key(output) == oracle(request), number
+        depths.append(counters.boundary_hit_tokens + counters.tail_hit_tokens - before)
+    # All but the last token where nothing was in flight; the prompt at least.
+    if overlap:
+        assert min(depths) <= 5 < CHUNK - 8 < max(depths)
+    else:
+        assert depths == [number - 1 for number in range(CHUNK - 8, CHUNK + 3)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("at", [1, 8, CHUNK - 1])
 def test_preemption_keeps_what_was_decoded(model_dir: Path, at: int, overlap: bool) -> None:
     rng = random.Random(at)

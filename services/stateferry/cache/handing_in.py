@@ -35,8 +35,6 @@ class HandingIn:
     def leave(self, held: Held) -> None:
         """All that it consumed, as it lies: the sequence has ended, and takes no more steps."""
         lease, position = held.lease, held.num_known
-        if position < lease.position:
-            lease.rewind(position, self._grid)
         states = dict(lease.snapshots)
         if lease.state_slot in held.slots:
             states[self._boundary(held)] = lease.state_slot

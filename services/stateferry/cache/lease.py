@@ -67,10 +67,16 @@ class SequenceLease:
             self.state_slot = writes[-1][1]
 
     def rewind(self, position: int, grid: int) -> None:
-        """Back to where the sequence was one decode step before: what that wrote lies behind the
-        rows that are read from now on, and in a slot that is nobody's state."""
-        if position // grid != self.position // grid:
+        """Undo decode steps that nobody wants, past one grid point at most: back to ``position``,
+        or to the grid point before it where the rows behind that are gone.
+
+        What one step wrote lies behind the rows that are read from then on, and in a slot that is
+        nobody's state. A second one, behind the grid point, has written over the first row."""
+        passed = self.position // grid * grid
+        if position < passed:
             self.state_slot = self._slot_before
+            if passed < self.position:
+                position = position // grid * grid
         self.position = position
 
     def adopt(self, position: int, grid: int) -> None:

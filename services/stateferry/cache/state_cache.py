@@ -180,6 +180,7 @@ class StateCache:
         """Leave what the sequence computed to the cache and return the rest. No step that touches
         the lease may be in flight."""
         held = self._of(request_id)
+        held.lease.rewind(held.num_known, self.pools.grid)
         # What decode leaves is a matter of the strategy; prompts are always left.
         wanted = self.reuse.tracking.keeps_end() or held.lease.final is not None
         if wanted and held.is_kept and held.num_known > held.resumed_tokens:
