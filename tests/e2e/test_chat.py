@@ -175,6 +175,7 @@ async def test_a_turn_that_was_cut_off_leaves_only_what_is_right(
 ) -> None:
     """The client leaves in mid-stream; then it goes on from what it has seen."""
     async with Client(two.router_address) as client:
+        depths = []
         for seed in range(70, 76):
             chat = Chat(client, oracle, seed, start=GRID + seed % 9)
             options = GenerateOptions(max_tokens=5000, temperature=0.0, ignore_eos=True)
@@ -185,9 +186,14 @@ async def test_a_turn_that_was_cut_off_leaves_only_what_is_right(
                         seen += event.token_ids
                     if len(seen) > 3 + seed % 40:
                         break
+            await wait_until_idle(client, within_s=3)
+            prompt_len = len(chat.history)
             chat.history = (*chat.history, *seen, *chat.say(2))
-            await chat.turn(max_tokens=20, reply=1)
-        await wait_until_idle(client, within_s=3)
+            completion = await chat.turn(max_tokens=20, reply=1)
+            assert ran_at_decode(completion)
+            depths.append(completion.resumed_tokens - prompt_len)
+        # Of what was decoded at least some was kept.
+        assert max(depths) > 0
 
 
 async def test_both_workers_keep_a_chat_of_their_own(two: LocalCluster, oracle: Oracle) -> None:

@@ -127,9 +127,12 @@ class Generation:
                 seats=seats,
             )
             attempt = Attempt(order, stream, self._workers.channels, self._workers.losses, echo)
-            reason = await attempt.run()
+            try:
+                reason = await attempt.run()
+            finally:
+                # Who cuts an answer off may go on from what there was of it.
+                self._note_turn(request, attempt.token_ids, seats)
             await stream.finish()
-            self._note_turn(request, attempt.token_ids, seats)
             return self._completion(job, stream, reason, attempt.figures, seats, queue_s)
         finally:
             seats.release()
