@@ -1,6 +1,6 @@
 """What exact numerics cost: an engine of ``model.numerics = exact`` against one of ``fast``.
 
-python -P tests/bench/exact_cost.py MODEL_DIR [--dtype bfloat16] [--rounds 7]
+PYTHONPATH=tests python -P -m bench.exact_cost MODEL_DIR [--dtype bfloat16] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ import json
 import os
 import random
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stateferry.colocated.engine import ColocatedEngine
-from stateferry.config import CacheSection, ModelSection, WorkerSection
-from stateferry.core.request import GenerationRequest
-from stateferry.core.sampling import SamplingParams, StopConditions
-from stateferry.worker.parts import build_engine
+from bench.peers.own_engine import run_timed, uncached_engine
+from stateferry.config import ModelSection, WorkerSection
 
 MODES = ("exact", "fast")
-_GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=None)
 
 
 @dataclass(frozen=True)
@@ -114,19 +109,10 @@ class _Engine:
         context: int,
         batch: int,
     ) -> None:
-        worker = WorkerSection(max_requests=batch, threads=threads)
-        parts = build_engine(
+        self._engine, parts = uncached_engine(
             model_dir,
             ModelSection(dtype=dtype, numerics=mode, max_context_tokens=context),
-            worker,
-            CacheSection(enabled=False),
-        )
-        self._engine = ColocatedEngine(
-            parts.runner,
-            parts.cache,
-            parts.rules,
-            grid=parts.grid,
-            budget_tokens=worker.extend_budget_tokens,
+            WorkerSection(max_requests=batch, threads=threads),
         )
         self._vocab_size = parts.limits.vocab_size
         self.numerics = parts.fingerprint.numerics
@@ -134,35 +120,14 @@ class _Engine:
     def tokens_per_s(self, case: Case, seed: int) -> float:
         """Run the case once; the same seed gives the same prompts."""
         rng = random.Random(seed)
-        stop = StopConditions(case.new_tokens, 0, frozenset())
-        names = [str(number) for number in range(case.batch)]
-        requests = [
-            GenerationRequest(
-                name,
-                tuple(rng.randrange(self._vocab_size) for _ in range(case.prompt_tokens)),
-                _GREEDY,
-                stop,
-            )
-            for name in names
+        prompts = [
+            [rng.randrange(self._vocab_size) for _ in range(case.prompt_tokens)]
+            for _ in range(case.batch)
         ]
-        engine = self._engine
-        start = time.perf_counter()
-        for request in requests:
-            engine.submit(request)
-        outputs = [engine.outputs[name] for name in names]
-        while not all(output.tokens for output in outputs):
-            engine.step()
-        first = time.perf_counter()
-        # A step decodes as well: some tokens after the first are there already.
-        before = sum(len(output.tokens) for output in outputs)
-        while engine.num_unfinished:
-            engine.step()
-        end = time.perf_counter()
-        for name in names:
-            del engine.outputs[name]
+        timed = run_timed(self._engine, prompts, case.new_tokens)
         if case.counts_prompt:
-            return case.batch * case.prompt_tokens / (first - start)
-        return (sum(len(output.tokens) for output in outputs) - before) / (end - first)
+            return case.batch * case.prompt_tokens / timed.first_s
+        return timed.rest_tokens / timed.rest_s
 
 
 def main() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +11,13 @@ import pytest
 import pytest_asyncio
 
 from stateferry.cache.state_cache import StateCache
-from stateferry.core.clock import SystemClock
 from stateferry.core.errors import GuideBroke, InvariantViolation, Overloaded
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.engine.rules import SequenceRules
 from stateferry.prefill.loop import PrefillLoop
-from stateferry.scheduler.prefill import PrefillScheduler
-from support.scripted_runner import Gate, NullMeter, ScriptedRunner
+from support.running_prefill import running_prefill
+from support.scripted_runner import Gate, ScriptedRunner
 from support.small_cache import GRID, KV, small_cache
 
 
@@ -50,23 +47,10 @@ class Bench:
 @pytest_asyncio.fixture(params=[1, 2], ids=["in turn", "overlap"])
 async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     cache, runner = small_cache(kv=KV), ScriptedRunner()
-    scheduler = PrefillScheduler(
-        cache, grid=GRID, budget_tokens=4 * GRID, max_waiting=3, max_in_flight=request.param
-    )
-    with ThreadPoolExecutor(1) as executor:
-        loop = PrefillLoop(
-            scheduler,
-            cache,
-            runner,  # type: ignore[arg-type]
-            executor,
-            SystemClock(),
-            NullMeter(),
-        )
-        running = asyncio.ensure_future(loop.run())
+    async with running_prefill(
+        cache, runner, budget_tokens=4 * GRID, max_waiting=3, max_in_flight=request.param
+    ) as loop:
         yield Bench(loop, runner, cache)
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
     assert not loop._pending, "the loop still holds prompts"
     assert cache.kv_pages.free == cache.kv_pages.total
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +12,12 @@ import pytest_asyncio
 
 from stateferry.cache.reuse import Reuse
 from stateferry.cache.state_cache import StateCache
-from stateferry.core.clock import SystemClock
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.prefill.loop import PrefillLoop
 from stateferry.prefix.state_tracking import StateStrategy, StateTracking
-from stateferry.scheduler.prefill import PrefillScheduler
-from support.scripted_runner import Gate, NullMeter, ScriptedRunner
+from support.running_prefill import running_prefill
+from support.scripted_runner import Gate, ScriptedRunner
 from support.small_cache import GRID, KV, small_cache
 
 BUDGET = 2 * GRID
@@ -53,23 +50,10 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     tracking = StateTracking(StateStrategy.EXTRA_BUFFER, GRID, GRID)
     cache = StateCache(plain.pools, plain.sizes, Reuse(True, "w", "l", tracking))
     runner = ScriptedRunner()
-    scheduler = PrefillScheduler(
-        cache, grid=GRID, budget_tokens=BUDGET, max_waiting=9, max_in_flight=request.param
-    )
-    with ThreadPoolExecutor(1) as executor:
-        loop = PrefillLoop(
-            scheduler,
-            cache,
-            runner,  # type: ignore[arg-type]
-            executor,
-            SystemClock(),
-            NullMeter(),
-        )
-        running = asyncio.ensure_future(loop.run())
+    async with running_prefill(
+        cache, runner, budget_tokens=BUDGET, max_waiting=9, max_in_flight=request.param
+    ) as loop:
         yield Bench(loop, runner, cache)
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
     cache.check_conserved()
 
 
