@@ -12,6 +12,8 @@
 #include <cmath>
 #include <vector>
 
+#include "tile.h"
+
 #include "elementwise.h"
 #include "packed_abi.h"
 #include "panel.h"
@@ -130,17 +132,7 @@ SF_INLINE void gather_tile(const float* weights, const T* values, int64_t ldv, i
     for (int i = 0; i < R; ++i)
         SF_UNROLL
         for (int v = 0; v < V; ++v) sums[i][v] = load(acc + i * width + v * LANES);
-    for (int64_t k = 0; k < depth; ++k) {
-        F16 right[V];
-        SF_UNROLL
-        for (int v = 0; v < V; ++v) right[v] = load(values + k * ldv + v * LANES);
-        SF_UNROLL
-        for (int i = 0; i < R; ++i) {
-            F16 left = set1(weights[i * KEY_BLOCK + k]);
-            SF_UNROLL
-            for (int v = 0; v < V; ++v) sums[i][v] = fma(left, right[v], sums[i][v]);
-        }
-    }
+    combine_tile<R, V>(weights, KEY_BLOCK, 1, values, ldv, LANES, depth, sums);
     SF_UNROLL
     for (int i = 0; i < R; ++i)
         SF_UNROLL

@@ -74,7 +74,7 @@ inline void fold_tile(const ST* state, int64_t N, int64_t n, float decay, const 
         SF_UNROLL
         for (int v = 0; v < V; ++v)
             sums[i][v] = mul(remains, load_upto(state + i * N + v * LANES, n - v * LANES));
-    combine_tile<R, V>(x, 1, ldx, B, ldb, length, sums);
+    combine_tile<R, V>(x, 1, ldx, B, ldb, LANES, length, sums);
     SF_UNROLL
     for (int i = 0; i < R; ++i)
         SF_UNROLL

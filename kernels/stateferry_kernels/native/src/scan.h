@@ -219,7 +219,7 @@ private:
         for (int i = 0; i < R; ++i)
             SF_UNROLL
             for (int v = 0; v < V; ++v) sums[i][v] = zero();
-        turned_combine<R, V>(weights_, ldq_, 1, at(x_, 0, p), Q_ * LANES, t + 1, sums);
+        combine_tile<R, V>(weights_, ldq_, 1, at(x_, 0, p), LANES, Q_ * LANES, t + 1, sums);
         // Of the block's own tokens each row takes those up to itself.
         SF_UNROLL
         for (int j = 1; j < R; ++j)

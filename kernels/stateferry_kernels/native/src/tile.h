@@ -161,14 +161,15 @@ inline void dot_streamed(const TA* a, int64_t lda, int64_t rows, const TB* b, in
     }
 }
 
-// a(i, k) = a[i * row_step + k * depth_step]; b rows are padded to whole vectors.
-template <int R, int V>
-SF_INLINE void combine_tile(const float* a, int64_t row_step, int64_t depth_step, const float* b,
-                         int64_t ldb, int64_t depth, F16 (&sums)[R][V]) {
+// sums[i][v] += sum over k, ascending, of a(i, k) b_v(k). a(i, k) = a[i * row_step + k * depth_step];
+// b_v(k) is the vector at b + k * ldb + v * next.
+template <int R, int V, class T>
+SF_INLINE void combine_tile(const float* a, int64_t row_step, int64_t depth_step, const T* b,
+                            int64_t ldb, int64_t next, int64_t depth, F16 (&sums)[R][V]) {
     for (int64_t k = 0; k < depth; ++k) {
         F16 right[V];
         SF_UNROLL
-        for (int v = 0; v < V; ++v) right[v] = load(b + k * ldb + v * LANES);
+        for (int v = 0; v < V; ++v) right[v] = load(b + k * ldb + v * next);
         SF_UNROLL
         for (int i = 0; i < R; ++i) {
             F16 left = set1(a[i * row_step + k * depth_step]);

@@ -152,24 +152,6 @@ __attribute__((noinline)) void turned_dot(const float* strip, const float* panel
         for (int v = 0; v < V; ++v) store(out + i * ldo + v * LANES, sums[i][v]);
 }
 
-// sums[i][v] += sum over k of a(i, k) b_v[k], in combine()'s order: a(i, k) as in combine_tile, b_v a
-// panel of (depth, 16), `next` after the one before.
-template <int R, int V>
-SF_INLINE void turned_combine(const float* a, int64_t row_step, int64_t depth_step, const float* b,
-                              int64_t next, int64_t depth, F16 (&sums)[R][V]) {
-    for (int64_t k = 0; k < depth; ++k) {
-        F16 right[V];
-        SF_UNROLL
-        for (int v = 0; v < V; ++v) right[v] = load(b + k * LANES + v * next);
-        SF_UNROLL
-        for (int i = 0; i < R; ++i) {
-            F16 left = set1(a[i * row_step + k * depth_step]);
-            SF_UNROLL
-            for (int v = 0; v < V; ++v) sums[i][v] = fma(left, right[v], sums[i][v]);
-        }
-    }
-}
-
 // As a state of type ST would hold it.
 template <class ST>
 SF_INLINE F16 held_as(F16 a) {
@@ -191,7 +173,7 @@ __attribute__((noinline)) void turned_fold(float* state, int64_t next, float dec
         SF_UNROLL
         for (int v = 0; v < V; ++v)
             sums[i][v] = mul(remains, load(state + i * LANES + v * next));
-    turned_combine<R, V>(B, 1, R, x, next_x, length, sums);
+    combine_tile<R, V>(B, 1, R, x, LANES, next_x, length, sums);
     SF_UNROLL
     for (int i = 0; i < R; ++i)
         SF_UNROLL
