@@ -85,6 +85,7 @@ class ReplayedDecode:
         self._tables = _Tables(
             {
                 "token_ids": (batch_rows,),
+                "sources": (batch_rows,),
                 "positions": (batch_rows,),
                 "rows": (num_rows, 4),
                 "conv": (num_rows, 3),
@@ -97,7 +98,7 @@ class ReplayedDecode:
             device,
         )
         tables = self._tables.device
-        self.token_ids = tables["token_ids"]
+        self._token_ids, self._sources = tables["token_ids"], tables["sources"]
         walks = Walks(tables["walks"], tables["intervals"], paths=None, folds=False, rows=1)
         self.plan = DecodePlan(
             grid,
@@ -123,12 +124,21 @@ class ReplayedDecode:
         )
         if kv is not None:
             self.kv_plan.cache[f"checked:{kv.keys.shape[0]}:{page_tokens}"] = True
-        self._write([], DecodePlan(grid, (), (), ()), ())
+        self._write([], [], DecodePlan(grid, (), (), ()), ())
         self._tables.send()
 
-    def fill(self, token_ids: Sequence[int], plan: DecodePlan, kv_plan: KvPlan) -> None:
-        """What the next replay consumes: at most num_rows rows, none of them padding. Raises
-        ValueError for a slot, page or position that the pools do not have."""
+    def consumed(self, chosen: torch.Tensor) -> torch.Tensor:
+        """(batch_rows,) int64, the step's token ids, of which those with a source are from
+        ``chosen``, int64 on the device."""
+        theirs = chosen[self._sources.clamp(min=0)]
+        return torch.where(self._sources < 0, self._token_ids, theirs)
+
+    def fill(
+        self, token_ids: Sequence[int], sources: Sequence[int], plan: DecodePlan, kv_plan: KvPlan
+    ) -> None:
+        """What the next replay consumes: at most num_rows rows, none of them padding; ``sources``
+        are places in ``chosen``, -1 of rows whose token id is given. Raises ValueError for a slot,
+        page or position that the pools do not have."""
         if len(token_ids) > self.num_rows or PAD_SLOT in plan.state_slots:
             raise ValueError(f"{len(token_ids)} rows or padding in a step of {self.num_rows} rows")
         check_decode_plan(plan, self._state)
@@ -137,7 +147,7 @@ class ReplayedDecode:
             raise ValueError(f"a sequence is longer than {self._longest} tokens")
         if self._kv is not None:
             self._fill_pages(kv_plan)
-        self._write(token_ids, plan, sequences)
+        self._write(token_ids, sources, plan, sequences)
         self._tables.send()
 
     def _fill_pages(self, kv_plan: KvPlan) -> None:
@@ -158,7 +168,11 @@ class ReplayedDecode:
             self._page_tables.send()
 
     def _write(
-        self, token_ids: Sequence[int], plan: DecodePlan, sequences: Sequence[KvSequence]
+        self,
+        token_ids: Sequence[int],
+        sources: Sequence[int],
+        plan: DecodePlan,
+        sequences: Sequence[KvSequence],
     ) -> None:
         self._tables.wait()
         count, host = len(token_ids), self._tables.host
@@ -175,6 +189,7 @@ class ReplayedDecode:
                 table[:count, i] = column
 
         host["token_ids"][:count], host["token_ids"][count:] = token_ids, 0
+        host["sources"][:count], host["sources"][count:] = sources, -1
         host["positions"][:count], host["positions"][count:] = positions, 0
         put("rows", number, slots, pages, tail_rows, padding=PAD_SLOT)
         put("conv", slots, pages, tail_rows, padding=PAD_SLOT)

@@ -3,7 +3,8 @@ steps give the bytes of those that are not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from stateferry.engine.forward_batch import (
     DecodeInput,
     ExtendBatch,
     ExtendRow,
+    PendingToken,
     SampleSpec,
 )
+from stateferry.engine.launch import Started
 from stateferry.engine.sampler import likeliest_rows
 from stateferry.worker.parts import EngineParts, build_engine
 from stateferry_kernels.linear.triton_ops import ROW_BUCKET
@@ -41,6 +44,7 @@ pytestmark = [
 MODELS = ("bundled", "Mamba2", "NemotronH", "served", "experts")
 PROMPTS = (1, 5, 63, 64, 65, 130)
 DTYPES = ("float32", "bfloat16")
+SpecOf = Callable[[int], SampleSpec]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -108,6 +112,26 @@ class Sequences:
         )
         self._take(names, self.parts.runner.decode(DecodeBatch(rows))())
 
+    def step_ahead(self, names: Sequence[str], count: int, most: int, spec_of: SpecOf) -> int:
+        """So many steps, up to ``most`` of which have been started and not waited for. Returns how
+        many were started while the one before ran, as far as anybody knew."""
+        waiting: deque[Started] = deque()
+        last: dict[str, int | PendingToken] = {name: self.tokens[name][-1] for name in names}
+        index, overlapped = len(self.tokens[names[0]]), 0
+        for number in range(count):
+            rows = tuple(
+                DecodeInput(self.parts.cache.lease(name), last[name], spec_of(index + number))
+                for name in names
+            )
+            last = {name: row.sampled for name, row in zip(names, rows, strict=True)}
+            overlapped += bool(waiting)
+            waiting.append(self.parts.runner.decode(DecodeBatch(rows)).start())
+            if len(waiting) == most:
+                self._take(names, waiting.popleft().sampled())
+        for started in waiting:
+            self._take(names, started.sampled())
+        return overlapped
+
     def end(self, name: str) -> None:
         self.parts.cache.release(name)
 
@@ -173,6 +197,33 @@ def test_captured_steps_give_the_bytes_of_others(random_dir: Path, dtype: str) -
     assert_same(runs[0], runs[1], "0")
 
 
+def drawn(index: int) -> SampleSpec:
+    return SampleSpec(SamplingParams(0.9, 0, 1.0, 7, None), index)
+
+
+@pytest.mark.parametrize("graphs", ["off", "auto"])
+@pytest.mark.parametrize("spec_of", [spec, drawn])
+def test_steps_that_nobody_waited_for(random_dir: Path, graphs: str, spec_of: SpecOf) -> None:
+    """Tokens that only the device has seen are consumed; past grid points, in graphs of two sizes
+    that follow each other, with one row that leaves."""
+    runs = [Sequences(random_dir, "cuda", "float32", graphs) for _ in range(2)]
+    for most, run in zip((1, 3), runs, strict=True):
+        names = ["a", "b", "c"]
+        run.begin({name: prompt(run.parts, 50 + i) for i, name in enumerate(names)})
+        overlapped = [run.step_ahead(names[:n], 40, most, spec_of) for n in (3, 2, 1)]
+        assert overlapped == ([0] * 3 if most == 1 else [39] * 3)
+        assert len(set(run.tokens["a"])) > 1
+    assert runs[0].tokens == runs[1].tokens
+    assert_same(runs[0], runs[1], "a")
+    if spec_of is spec and graphs == "auto":
+        row = DecodeInput(runs[0].parts.cache.lease("a"), 7, spec(1))
+        torch.cuda.synchronize()
+        with no_waiting():
+            started = runs[0].parts.runner.decode(DecodeBatch((row,))).start()
+        [token] = started.sampled()
+        assert token is not None and row.sampled.known() == token.token_id
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_of_a_captured_step(random_dir: Path, dtype: str) -> None:
     runs = [Sequences(random_dir, "cuda", dtype, graphs) for graphs in ("off", "auto")]
@@ -188,10 +239,10 @@ def test_logits_of_a_captured_step(random_dir: Path, dtype: str) -> None:
                 ids = runner._tokens([7, 7, 7])
                 logits.append(runner._model.decode(ids, plan, kv_plan, runner.caches))
             else:
-                decoded = runner.graphs.decode([7, 7, 7], plan, kv_plan)
+                decoded = runner.graphs.decode([7, 7, 7], [-1] * 3, plan, kv_plan)
                 assert decoded is not None
                 logits.append(decoded.logits.clone())
-                assert torch.equal(decoded.likeliest(), likeliest_rows(decoded.logits).cpu())
+                assert torch.equal(decoded.likeliest.wait(), likeliest_rows(decoded.logits).cpu())
     assert torch.equal(logits[0], logits[1])
 
 
@@ -222,8 +273,8 @@ def test_a_commit_leaves_the_logits_of_its_step(random_dir: Path) -> None:
     one, three = DecodeBatch(rows[:1]), DecodeBatch(rows)
     with torch.inference_mode():
         for batch in (one, three):
-            ids = [7] * len(batch.rows)
-            decoded = graphs.decode(ids, batch.plan(grid), batch.kv_plan(grid))
+            ids, given = [7] * len(batch.rows), [-1] * len(batch.rows)
+            decoded = graphs.decode(ids, given, batch.plan(grid), batch.kv_plan(grid))
             due = batch.commit_plan(grid)
             assert decoded is not None and due is not None
             before = decoded.logits.clone()
@@ -257,7 +308,7 @@ def test_a_step_does_not_wait_for_the_device(random_dir: Path, graphs: str) -> N
         if runner.graphs is None:
             model.decode(runner._tokens([7]), plan, kv_plan, runner.caches)
         else:
-            runner.graphs.decode([7], plan, kv_plan)
+            runner.graphs.decode([7], [-1], plan, kv_plan)
         plans = extend.plan(run.parts.grid), extend.kv_plan(run.parts.grid)
         model.extend(runner._tokens([5] * 70), *plans, runner.caches, [69])
 

@@ -75,14 +75,21 @@ def replayed(model: Model, caches: LayerCaches) -> ReplayedDecode:
 def test_decode(model: Model) -> None:
     wanted, ours = new_caches(model), new_caches(model)
     inputs = replayed(model, ours)
-    model.decode(inputs.token_ids, inputs.plan, inputs.kv_plan, ours)
+    chosen = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    model.decode(inputs.consumed(chosen), inputs.plan, inputs.kv_plan, ours)
     for one, other in zip(pools(wanted), pools(ours), strict=True):
         assert torch.equal(one, other), "padding was written"
-    for token_ids, plan, kv_plan in steps():
+    for number, (token_ids, plan, kv_plan) in enumerate(steps()):
         ids = torch.tensor(token_ids, device=DEVICE)
         logits = model.decode(ids, plan, kv_plan, wanted)
-        inputs.fill(token_ids, plan, kv_plan)
-        filled = model.decode(inputs.token_ids, inputs.plan, inputs.kv_plan, ours)
+        # All tokens are given, then the first is not, then none is.
+        sources = [7 - i if i < number else -1 for i in range(len(token_ids))]
+        for i, source in enumerate(sources):
+            if source >= 0:
+                chosen[source] = token_ids[i]
+        given = [0 if source >= 0 else i for i, source in zip(token_ids, sources, strict=True)]
+        inputs.fill(given, sources, plan, kv_plan)
+        filled = model.decode(inputs.consumed(chosen), inputs.plan, inputs.kv_plan, ours)
         assert logits.isfinite().all()
         assert torch.equal(logits, filled[: len(token_ids)])
         for one, other in zip(pools(wanted), pools(ours), strict=True):
@@ -109,21 +116,29 @@ def test_what_pools_do_not_have_is_refused(model: Model) -> None:
     caches = new_caches(model)
     inputs = replayed(model, caches)
     token_ids, plan, kv_plan = steps()[0]
+    none = [-1] * len(token_ids)
     with pytest.raises(ValueError, match="state_slots"):
-        inputs.fill([1], DecodePlan(GRID, (9,), (0,), (0,)), KvPlan(GRID, kv_plan.sequences[:1]))
+        inputs.fill(
+            [1], [-1], DecodePlan(GRID, (9,), (0,), (0,)), KvPlan(GRID, kv_plan.sequences[:1])
+        )
     with pytest.raises(ValueError, match="padding"):
-        inputs.fill([1], DecodePlan(GRID, (-1,), (0,), (0,)), KvPlan(GRID, kv_plan.sequences[:1]))
+        inputs.fill(
+            [1], [-1], DecodePlan(GRID, (-1,), (0,), (0,)), KvPlan(GRID, kv_plan.sequences[:1])
+        )
     with pytest.raises(ValueError, match="longer than 80"):
-        inputs.fill(token_ids, plan, KvPlan(GRID, (KvSequence(80, 1, tuple(range(6))),) * 3))
+        inputs.fill(token_ids, none, plan, KvPlan(GRID, (KvSequence(80, 1, tuple(range(6))),) * 3))
     five = DecodePlan(GRID, (1, 2, 3, 4, 5), (0, 1, 2, 3, 4), (0,) * 5)
     with pytest.raises(ValueError, match="5 rows"):
-        inputs.fill([1] * 5, five, KvPlan(GRID, kv_plan.sequences))
+        inputs.fill([1] * 5, [-1] * 5, five, KvPlan(GRID, kv_plan.sequences))
     if caches.kv:
         with pytest.raises(ValueError, match="past its pages"):
-            inputs.fill(token_ids, plan, KvPlan(GRID, (KvSequence(16, 1, (3,)),) * 3))
+            inputs.fill(token_ids, none, plan, KvPlan(GRID, (KvSequence(16, 1, (3,)),) * 3))
         with pytest.raises(ValueError, match="pages: 20 to 20"):
             inputs.fill(
-                [1], DecodePlan(GRID, (1,), (0,), (0,)), KvPlan(GRID, (KvSequence(3, 1, (20,)),))
+                [1],
+                [-1],
+                DecodePlan(GRID, (1,), (0,), (0,)),
+                KvPlan(GRID, (KvSequence(3, 1, (20,)),)),
             )
     with pytest.raises(ValueError, match="dst_slots"):
         ReplayedCommit(caches.states[0], 4).fill(CommitPlan(GRID, (1,), (9,), (0,)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from stateferry.cache.page_copy import PageCopy
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
-from stateferry.engine.runner import Launch, Sampled
+from stateferry.engine.launch import Launch, Over
 from support.small_cache import GRID
 
 
@@ -29,27 +29,28 @@ class ScriptedRunner:
     def extend(self, batch: ExtendBatch) -> Launch:
         self._plan(batch)
 
-        def launch() -> Sampled:
+        def start() -> Over:
             self._step()
             for row in batch.rows:
                 row.lease.final = object()
-            return [self._token(row.sample.index) for row in batch.rows if row.sample is not None]
+            samples = [row.sample for row in batch.rows if row.sample is not None]
+            return Over([self._token(sample.index) for sample in samples])
 
-        return launch
+        return Launch(start)
 
     def decode(self, batch: DecodeBatch) -> Launch:
         self._plan(batch)
 
-        def launch() -> Sampled:
+        def start() -> Over:
             self._step()
             self.consumed.append(batch.token_ids())
             tokens = [self._token(row.sample.index) for row in batch.rows]
             for row, token in zip(batch.rows, tokens, strict=True):
                 if token is not None:
-                    row.sampled.token_id = token.token_id
-            return tokens
+                    row.sampled.come_out(token.token_id)
+            return Over(tokens)
 
-        return launch
+        return Launch(start)
 
     def copy(self, copies: Iterable[PageCopy]) -> None:
         self.copies += copies

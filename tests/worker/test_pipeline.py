@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from stateferry.core.clock import SystemClock
 from stateferry.core.sampling import SampledToken
-from stateferry.engine.runner import Launch, Sampled
+from stateferry.engine.launch import Launch, Over, Sampled
 from stateferry.worker.pipeline import Pipeline
 from support.scripted_runner import Gate, NullMeter
 
@@ -72,14 +72,14 @@ class Bench:
         if step.number in self.broken_plans:
             raise RuntimeError("no plan")
 
-        def launch() -> Sampled:
+        def start() -> Over:
             self.gates.get(step.number, lambda: None)()
             self.ran.append(step.number)
             if step.number in self.broken:
                 raise RuntimeError("bad weather")
-            return [SampledToken(step.number)]
+            return Over([SampledToken(step.number)])
 
-        return launch
+        return Launch(start)
 
     def land(self, step: Step, sampled: Sampled | Exception) -> None:
         self.in_flight -= 1

@@ -18,9 +18,10 @@ from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
+from stateferry.engine.launch import Launch, Sampled, Started
 from stateferry.engine.prompt_scores import as_scores
 from stateferry.engine.rules import RulesMaker, why_no_token
-from stateferry.engine.runner import Launch, ModelRunner, Sampled
+from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
 from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
 from stateferry.worker.launcher import Launcher
@@ -43,7 +44,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    sampled: Future[Sampled]
+    started: Future[Started]
     land: Callable[[Sampled], list[StateferryError]]
 
 
@@ -175,15 +176,15 @@ class ColocatedEngine:
     def _launch(self, launch: Launch, land: Callable[[Sampled], list[StateferryError]]) -> None:
         if self._thread is not None:
             self.num_overlapped += bool(self._in_flight)
-            sampled = self._thread.submit(launch)
+            started = self._thread.submit(launch.start)
         else:
-            sampled = Future()
-            sampled.set_result(launch())
-        self._in_flight.append(_InFlight(sampled, land))
+            started = Future()
+            started.set_result(launch.start())
+        self._in_flight.append(_InFlight(started, land))
 
     def _land_oldest(self) -> None:
         oldest = self._in_flight.popleft()
-        self._failures += oldest.land(oldest.sampled.result())
+        self._failures += oldest.land(oldest.started.result().sampled())
 
     def _land_extend(self, step: ExtendStep, sampled: Sampled) -> list[StateferryError]:
         last = [part.request_id for part in step.slices if part.is_last]

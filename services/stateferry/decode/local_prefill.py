@@ -17,8 +17,9 @@ from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SampledToken
 from stateferry.decode.loop import DecodeLoop
 from stateferry.engine.forward_batch import ExtendBatch, ExtendRow
+from stateferry.engine.launch import Launch, Sampled
 from stateferry.engine.rules import why_no_token
-from stateferry.engine.runner import Launch, ModelRunner, Sampled
+from stateferry.engine.runner import ModelRunner
 from stateferry.worker.launcher import sample_spec
 from stateferry.worker.meter import WorkerMeter
 

@@ -13,8 +13,9 @@ from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.request import Continuation
 from stateferry.core.sampling import FinishReason, SampledToken
+from stateferry.engine.launch import Launch, Sampled
 from stateferry.engine.rules import why_no_token
-from stateferry.engine.runner import Launch, ModelRunner, Sampled
+from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
 from stateferry.worker.launcher import Launcher
 from stateferry.worker.meter import WorkerMeter

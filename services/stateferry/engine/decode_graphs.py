@@ -5,6 +5,9 @@ A graph is made for a number of rows, and smaller steps run in it with rows that
 inputs lie in tables at fixed places (triton_replay), which each step fills. The products of a step
 have whole multiples of DENSE_ROWS rows, as they have in a step that is not captured
 (linear/triton_ops.py), so both give the same bits.
+
+A step can consume what the one before it chose without anybody having seen it: the likeliest tokens
+stay on the device, at a place that all graphs share, and the next replay takes them from there.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from stateferry.engine.arriving import Arriving
 from stateferry.engine.sampler import likeliest_rows
 from stateferry.models.caches import LayerCaches
 from stateferry.models.model import Model
@@ -30,19 +34,17 @@ log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
+# Rows of the largest graph: eight bytes of the device for each.
+_MOST_ROWS = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a replay leaves, until the next one."""
+    """What a replay leaves: logits, (num_rows, vocab_size) fp32 on the device, until the next one;
+    and ``sampler.likeliest_rows`` of them, for good."""
 
-    logits: torch.Tensor  # (num_rows, vocab_size) fp32, on the device
-    _likeliest: torch.Tensor
-    _done: torch.cuda.Event
-
-    def likeliest(self) -> torch.Tensor:
-        """``sampler.likeliest_rows`` of the logits, on the host. Waits for the step, but not for
-        what was queued after it."""
-        self._done.synchronize()
-        return self._likeliest
+    logits: torch.Tensor
+    likeliest: Arriving
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,7 @@ class _CapturedDecode:
     graph: torch.cuda.CUDAGraph
     inputs: ReplayedDecode
     logits: torch.Tensor  # (rows of the graph, vocab_size)
-    likeliest: torch.Tensor  # (2, rows of the graph), in pinned memory
-    done: torch.cuda.Event
+    likeliest: torch.Tensor  # (2, rows of the graph), on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,9 @@ class DecodeGraphs:
         # still wanted, so they have a pool of their own.
         self._decode_pool = torch.cuda.graph_pool_handle()
         self._commit_pool = torch.cuda.graph_pool_handle()
+        # The ids that the last replay found likeliest, row by row.
+        device = caches.states[0].ssm_state.device
+        self._chosen = torch.zeros(_MOST_ROWS, dtype=torch.int64, device=device)
         # Why no step can be captured, once that is known.
         self.refused: str | None = None
 
@@ -90,16 +94,23 @@ class DecodeGraphs:
         took_s = time.perf_counter() - began_s
         log.info("captured decode steps of up to %d rows in %.1f s", most_rows, took_s)
 
-    def decode(self, token_ids: Sequence[int], plan: DecodePlan, kv_plan: KvPlan) -> Decoded | None:
-        """``Model.decode``; None, and nothing done, where that cannot be captured."""
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        sources: Sequence[int],
+        plan: DecodePlan,
+        kv_plan: KvPlan,
+    ) -> Decoded | None:
+        """``Model.decode``; None, and nothing done, where that cannot be captured. Rows with a
+        source consume what the last ``decode`` found likeliest in its row of that number, the
+        others their token id."""
         count = len(token_ids)
         captured = self._decode_of(_size_for(count))
         if captured is None:
             return None
-        captured.inputs.fill(token_ids, plan, kv_plan)
+        captured.inputs.fill(token_ids, sources, plan, kv_plan)
         captured.graph.replay()
-        captured.done.record()
-        return Decoded(captured.logits[:count], captured.likeliest[:, :count], captured.done)
+        return Decoded(captured.logits[:count], Arriving(captured.likeliest[:, :count]))
 
     def commit(self, plan: CommitPlan) -> None:
         """``Model.commit``."""
@@ -111,7 +122,7 @@ class DecodeGraphs:
         captured.graph.replay()
 
     def _decode_of(self, rows: int) -> _CapturedDecode | None:
-        if self.refused is None and rows not in self._decodes:
+        if self.refused is None and rows not in self._decodes and rows <= _MOST_ROWS:
             inputs = ReplayedDecode(
                 self._caches.states[0],
                 self._caches.kv[0] if self._caches.kv else None,
@@ -120,22 +131,22 @@ class DecodeGraphs:
                 batch_rows=-(-rows // DENSE_ROWS) * DENSE_ROWS,
                 longest=self._longest,
             )
-            likeliest = torch.empty((2, rows), dtype=torch.int64, pin_memory=True)
 
-            def step() -> torch.Tensor:
-                logits = self._model.decode(
-                    inputs.token_ids, inputs.plan, inputs.kv_plan, self._caches
-                )[:rows]
-                likeliest.copy_(likeliest_rows(logits), non_blocking=True)
-                return logits
+            def step() -> tuple[torch.Tensor, torch.Tensor]:
+                token_ids = inputs.consumed(self._chosen)
+                logits = self._model.decode(token_ids, inputs.plan, inputs.kv_plan, self._caches)[
+                    :rows
+                ]
+                likeliest = likeliest_rows(logits)
+                self._chosen[:rows] = likeliest[0]
+                return logits, likeliest
 
             self.refused = _waits_for_the_device(step)
             if self.refused is not None:
                 log.warning("decode steps are not captured as CUDA graphs: %s", self.refused)
                 return None
-            graph, logits = _captured(step, self._decode_pool)
-            done = torch.cuda.Event()
-            self._decodes[rows] = _CapturedDecode(graph, inputs, logits, likeliest, done)
+            graph, (logits, likeliest) = _captured(step, self._decode_pool)
+            self._decodes[rows] = _CapturedDecode(graph, inputs, logits, likeliest)
         return self._decodes.get(rows)
 
     def _commit_of(self, rows: int) -> _CapturedCommit:

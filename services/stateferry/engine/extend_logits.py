@@ -9,7 +9,7 @@ import torch
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import ExtendBatch, ExtendRow
-from stateferry.engine.sampler import sample
+from stateferry.engine.sampler import is_greedy, sample
 
 
 def rows_with_logits(batch: ExtendBatch, cu_seqlens: Sequence[int]) -> list[int]:
@@ -45,6 +45,16 @@ def known_final(row: ExtendRow) -> torch.Tensor:
     if not isinstance(final, torch.Tensor):
         raise InvariantViolation("a prompt that was not computed has no final vector")
     return final
+
+
+def wants_likeliest_alone(batch: ExtendBatch) -> bool:
+    """Whether the logits are for nothing but the largest of each row."""
+    samples = [row.sample for row in batch.rows if row.sample is not None]
+    return (
+        bool(samples)
+        and all(map(is_greedy, samples))
+        and all(row.scores is None for row in batch.rows)
+    )
 
 
 def take_logits(

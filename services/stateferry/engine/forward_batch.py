@@ -7,11 +7,13 @@ runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stateferry.cache.lease import SequenceLease
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.sampling import SamplingParams
+from stateferry.engine.launch import Started
 from stateferry.engine.prompt_scores import PromptScores
 from stateferry.engine.rules import SequenceRules
 from stateferry_kernels.kv_layer import KvPlan, KvSequence
@@ -39,9 +41,26 @@ class SampleSpec:
 @dataclass(slots=True)
 class PendingToken:
     """What a planned launch will sample for one row. Whoever consumes it is launched later; if no
-    token came of it, nobody wants what follows from it, and any id will do."""
+    token came of it, nobody wants what follows from it, and any id will do.
+
+    ``source`` is the launch while it may be running on a device, where the token lies at ``row``.
+    """
 
     token_id: int = 0
+    source: Started | None = None
+    row: int = 0
+
+    def known(self) -> int:
+        """The token; waits for the launch that samples it."""
+        source = self.source
+        if source is not None:
+            source.sampled()
+        return self.token_id
+
+    def come_out(self, token_id: int) -> None:
+        """The launch has sampled it. Mutates; on any thread."""
+        self.token_id = token_id
+        self.source = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +135,25 @@ class DecodeBatch:
 
     rows: tuple[DecodeInput, ...]
 
-    def token_ids(self) -> list[int]:
-        """One per row, once all launches before this one have run."""
+    def sources(self, ahead: Started | None) -> list[int]:
+        """Of each row that consumes what the launch ``ahead`` samples, its row there; of others
+        -1."""
         ids = (row.token_id for row in self.rows)
-        return [i.token_id if isinstance(i, PendingToken) else i for i in ids]
+        return [
+            i.row if isinstance(i, PendingToken) and i.source is ahead is not None else -1
+            for i in ids
+        ]
+
+    def token_ids(self, sources: Sequence[int] | None = None) -> list[int]:
+        """One per row, 0 of those with a source. Waits for the launches that sample the rest, all
+        of which have been started."""
+        known = []
+        for row, source in zip(self.rows, sources or [-1] * len(self.rows), strict=True):
+            token = row.token_id
+            if isinstance(token, PendingToken):
+                token = token.known() if source < 0 else 0
+            known.append(token)
+        return known
 
     def plan(self, grid: int) -> DecodePlan:
         leases = [row.lease for row in self.rows]

@@ -2,13 +2,14 @@
 
 Planning reads and moves leases, on the thread that keeps the books; it computes nothing. Its result
 is a launch, which touches the pools and no lease, on any other thread: in the order of planning,
-one at a time.
+one at a time. On a GPU the next one may be started while it runs.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,18 @@ import torch
 from stateferry.cache.page_copies import run_copies
 from stateferry.cache.page_copy import PageCopy
 from stateferry.cache.pools import SequencePools
-from stateferry.core.sampling import SampledToken
+from stateferry.engine.arriving import Arriving
 from stateferry.engine.extend_logits import (
     keep_finals,
     known_final,
     rows_with_logits,
     take_logits,
+    wants_likeliest_alone,
 )
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
 from stateferry.engine.freed_memory import keep_freed_memory
-from stateferry.engine.sampler import sample
+from stateferry.engine.launch import Launch, Over, Sampled, Started
+from stateferry.engine.sampler import greedy_tokens, is_greedy, likeliest_rows, sample
 from stateferry.models.caches import LayerCaches
 from stateferry.models.model import Model
 from stateferry_kernels.device_tables import device_array
@@ -38,9 +41,21 @@ if TYPE_CHECKING:
     from stateferry.engine.decode_graphs import DecodeGraphs
 
 
-# One entry per row that samples, in order; None where its logits are not finite or its rules broke.
-Sampled = list[SampledToken | None]
-Launch = Callable[[], Sampled]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """A pass on the device, all of whose rows take the likeliest token. ``batch`` of a decode step:
+    others may consume its tokens."""
+
+    likeliest: Arriving
+    batch: DecodeBatch | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.likeliest.is_here
+
+    def sampled(self) -> Sampled:
+        tokens = greedy_tokens(self.likeliest.wait())
+        return tokens if self.batch is None else _note(self.batch, tokens)
 
 
 class ModelRunner:
@@ -62,6 +77,8 @@ class ModelRunner:
         self._page_tokens = pools.kv.page_tokens
         self._device = torch.device(device)
         self._due: deque[PageCopy] = deque()
+        # The last decode step, while nobody need have seen its tokens.
+        self._ahead: _Ahead | None = None
         keep_freed_memory()
         self.caches = LayerCaches(states=pools.states.layers, kv=pools.kv.layers)
         self.graphs: DecodeGraphs | None = None
@@ -79,7 +96,7 @@ class ModelRunner:
         starts = [row.lease.position for row in batch.rows]
         plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
         batch.advance(self._grid)
-        return partial(self._extend, batch, starts, plan, kv_plan)
+        return Launch(partial(self._extend, batch, starts, plan, kv_plan))
 
     def decode(self, batch: DecodeBatch) -> Launch:
         """Plan to consume one token per row, to commit the tails that become full, and to fill in
@@ -87,7 +104,7 @@ class ModelRunner:
         plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
         due = batch.commit_plan(self._grid)
         batch.advance(self._grid)
-        return partial(self._decode, batch, plan, kv_plan, due)
+        return Launch(partial(self._decode, batch, plan, kv_plan, due))
 
     @torch.inference_mode()
     def copy(self, copies: Iterable[PageCopy]) -> None:
@@ -101,7 +118,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _extend(
         self, batch: ExtendBatch, starts: Sequence[int], plan: ExtendPlan, kv_plan: KvPlan
-    ) -> Sampled:
+    ) -> Started:
         if batch.computed:
             rows = rows_with_logits(batch, plan.cu_seqlens)
             token_ids = self._tokens([t for row in batch.computed for t in row.token_ids])
@@ -109,27 +126,35 @@ class ModelRunner:
             hidden = keep_finals(batch, hidden)
         else:
             hidden = torch.cat([known_final(row) for row in batch.rows])
-        return take_logits(batch, starts, self._model.logits(hidden))
+        logits = self._model.logits(hidden)
+        if self._device.type == "cuda" and wants_likeliest_alone(batch):
+            return _Ahead(Arriving(likeliest_rows(logits)))
+        return Over(take_logits(batch, starts, logits))
 
     @torch.inference_mode()
     def _decode(
         self, batch: DecodeBatch, plan: DecodePlan, kv_plan: KvPlan, due: CommitPlan | None
-    ) -> Sampled:
-        token_ids = batch.token_ids()
-        decoded = None if self.graphs is None else self.graphs.decode(token_ids, plan, kv_plan)
+    ) -> Started:
+        ahead, self._ahead = self._ahead, None
+        decoded = None
+        if self.graphs is not None:
+            sources = batch.sources(ahead)
+            ids = batch.token_ids(sources)
+            decoded = self.graphs.decode(ids, sources, plan, kv_plan)
         if decoded is None:
-            ids = self._tokens(token_ids)
-            logits = self._model.decode(ids, plan, kv_plan, self.caches)
+            logits = self._model.decode(self._tokens(batch.token_ids()), plan, kv_plan, self.caches)
         else:
             logits = decoded.logits
         if due is not None:
             self._commit(due)
-        likeliest = None if decoded is None else decoded.likeliest()
-        tokens = sample(logits, [row.sample for row in batch.rows], likeliest)
-        for row, token in zip(batch.rows, tokens, strict=True):
-            if token is not None:
-                row.sampled.token_id = token.token_id
-        return tokens
+        specs = [row.sample for row in batch.rows]
+        if decoded is not None and all(map(is_greedy, specs)):
+            self._ahead = _Ahead(decoded.likeliest, batch)
+            for number, row in enumerate(batch.rows):
+                row.sampled.source, row.sampled.row = self._ahead, number
+            return self._ahead
+        likeliest = None if decoded is None else decoded.likeliest.wait()
+        return Over(_note(batch, sample(logits, specs, likeliest)))
 
     def _commit(self, plan: CommitPlan) -> None:
         if self.graphs is None:
@@ -140,3 +165,11 @@ class ModelRunner:
     def _tokens(self, ids: list[int]) -> torch.Tensor:
         # numpy walks a list two to four times as fast as torch.
         return device_array(np.array(ids, dtype=np.int64), self._device)
+
+
+def _note(batch: DecodeBatch, tokens: Sampled) -> Sampled:
+    """Tell those who consume the tokens."""
+    for row, token in zip(batch.rows, tokens, strict=True):
+        # Of a row without a token any id will do, and nobody needs to wait for a better one.
+        row.sampled.come_out(0 if token is None else token.token_id)
+    return tokens

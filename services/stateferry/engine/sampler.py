@@ -35,8 +35,8 @@ def sample(
     broke, which then say why.
     """
     ids, finite = _likeliest_ids(logits, likeliest)
-    if all(_is_greedy(spec) for spec in specs):
-        return [SampledToken(i) if ok else None for i, ok in zip(ids, finite, strict=True)]
+    if all(is_greedy(spec) for spec in specs):
+        return _greedy(ids, finite)
     tokens: list[SampledToken | None] = []
     for row, spec, top_id, ok in zip(logits.cpu().numpy(), specs, ids, finite, strict=True):
         tokens.append(_sample_row(row, top_id, spec) if ok else None)
@@ -49,7 +49,12 @@ def uniform(seed: int, index: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _is_greedy(spec: SampleSpec) -> bool:
+def greedy_tokens(likeliest: torch.Tensor) -> list[SampledToken | None]:
+    """``sample`` of rows that ``is_greedy`` holds of, from their ``likeliest_rows``."""
+    return _greedy(*likeliest.tolist())
+
+
+def is_greedy(spec: SampleSpec) -> bool:
     """Whether the largest logit is all there is to it."""
     params = spec.params
     return not (
@@ -65,6 +70,10 @@ def likeliest_rows(logits: torch.Tensor) -> torch.Tensor:
     """(2, num_rows) int64: of each row of logits (num_rows, vocab_size) the id of its largest, of
     equals the lowest, and whether all are finite."""
     return torch.stack((logits.argmax(dim=-1), torch.isfinite(logits).all(dim=-1)))
+
+
+def _greedy(ids: list[int], finite: list[bool]) -> list[SampledToken | None]:
+    return [SampledToken(i) if ok else None for i, ok in zip(ids, finite, strict=True)]
 
 
 def _likeliest_ids(

@@ -11,8 +11,9 @@ from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SampledToken
+from stateferry.engine.launch import Launch, Sampled
 from stateferry.engine.rules import why_no_token
-from stateferry.engine.runner import Launch, ModelRunner, Sampled
+from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
 from stateferry.worker.launcher import Launcher
 from stateferry.worker.meter import WorkerMeter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from stateferry.cache.state_cache import StateCache
@@ -16,9 +17,10 @@ from stateferry.engine.forward_batch import (
     PendingToken,
     SampleSpec,
 )
+from stateferry.engine.launch import Launch
 from stateferry.engine.prompt_scores import as_scores
 from stateferry.engine.rules import as_rules
-from stateferry.engine.runner import Launch, ModelRunner
+from stateferry.engine.runner import ModelRunner
 from stateferry.scheduler.decode import DecodeRow, DecodeStep
 from stateferry.scheduler.prefill import ExtendStep
 
@@ -48,7 +50,7 @@ class Launcher:
                     scores=as_scores(request.scores),
                 )
             )
-        return self.in_order(self._runner.extend(ExtendBatch(tuple(rows))))
+        return self._runner.extend(ExtendBatch(tuple(rows))).behind(self._copies())
 
     def decode(self, step: DecodeStep, running: Mapping[str, Continuation]) -> Launch:
         """One row per sequence."""
@@ -65,18 +67,21 @@ class Launcher:
         self._pending = {
             row.request_id: planned.sampled for row, planned in zip(step.rows, rows, strict=True)
         }
-        return self.in_order(launch)
+        return launch.behind(self._copies())
 
     def in_order(self, work: Callable[[], T]) -> Callable[[], T]:
         """``work``, behind the copies that are due. Of memory that is free now, it may write to
         all."""
-        copies = self._cache.take_copies()
+        copy = self._copies()
 
-        def launch() -> T:
-            self._runner.copy(copies)
+        def done() -> T:
+            copy()
             return work()
 
-        return launch
+        return done
+
+    def _copies(self) -> Callable[[], None]:
+        return partial(self._runner.copy, self._cache.take_copies())
 
     def _consumed(self, row: DecodeRow) -> int | PendingToken:
         if row.token_id is not None:

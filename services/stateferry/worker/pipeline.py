@@ -7,6 +7,12 @@
 
 With overlap off a step is planned when the one before has landed. The scheduler decides: it has no
 step to give while it has as many in flight as it may.
+
+A GPU's step is queued by the engine's thread, which goes on with the next; another waits for it::
+
+    engine       queue 1   queue 2            queue 3
+    device                 step 1    step 2            step 3
+    results      -         wait for 1         wait for 2
 """
 
 from __future__ import annotations
@@ -15,12 +21,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from stateferry.core.clock import Clock
-from stateferry.engine.runner import Launch, Sampled
+from stateferry.engine.launch import Launch, Sampled, Started
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.waiting import Wakeup, run_to_end, settle
 
@@ -74,6 +80,7 @@ class Pipeline(Generic[StepT]):
         """``executor`` has one thread; ``kind`` is the steps' name in the metrics."""
         self._kind = kind
         self._executor = executor
+        self._results = ThreadPoolExecutor(1, "results")
         self._clock = clock
         self._meter = meter
         self._schedule = schedule
@@ -101,6 +108,7 @@ class Pipeline(Generic[StepT]):
         finally:
             for launched in self._in_flight:
                 await settle(launched.ran)
+            self._results.shutdown(wait=False)
 
     async def in_order(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the engine's thread, behind what is in flight. Never returns before it
@@ -115,19 +123,35 @@ class Pipeline(Generic[StepT]):
             self._is_idle = False
 
     def _launch(self, step: StepT) -> asyncio.Future[_Ran]:
-        loop = asyncio.get_running_loop()
+        ran: Future[_Ran] = Future()
+        # Not to be cancelled: somebody waits until it has run.
+        ran.set_running_or_notify_cancel()
         try:
-            launch = self._plan(step)
+            self._executor.submit(self._start, self._plan(step), ran)
         except Exception as error:
-            failed: asyncio.Future[_Ran] = loop.create_future()
-            failed.set_exception(error)
-            return failed
-        return loop.run_in_executor(self._executor, self._run, launch)
+            ran.set_exception(error)
+        return asyncio.wrap_future(ran)
 
-    def _run(self, launch: Launch) -> _Ran:
+    def _start(self, launch: Launch, ran: Future[_Ran]) -> None:
+        """On the engine's thread."""
         began_s = self._clock.monotonic_s()
-        sampled = launch()
-        return _Ran(sampled, began_s, self._clock.monotonic_s())
+        try:
+            started = launch.start()
+            if not started.is_over:
+                self._results.submit(self._finish, started, began_s, ran)
+                return
+        except Exception as error:
+            ran.set_exception(error)
+        else:
+            self._finish(started, began_s, ran)
+
+    def _finish(self, started: Started, began_s: float, ran: Future[_Ran]) -> None:
+        try:
+            sampled = started.sampled()
+        except Exception as error:
+            ran.set_exception(error)
+        else:
+            ran.set_result(_Ran(sampled, began_s, self._clock.monotonic_s()))
 
     def _take(self, launched: _InFlight[StepT]) -> None:
         try:
@@ -137,9 +161,11 @@ class Pipeline(Generic[StepT]):
             self._land(launched.step, error)
             return
         step = launched.step
-        took_s = ran.ended_s - ran.began_s
+        # A step that was queued ahead began when the one before it ended.
+        began_s = max(ran.began_s, self._ended_s)
+        took_s = ran.ended_s - began_s
         self._meter.observe_step(self._kind, took_s, step.num_rows, step.num_tokens)
         if not launched.is_first:
-            self._meter.observe_gap(self._kind, ran.began_s - self._ended_s)
+            self._meter.observe_gap(self._kind, began_s - self._ended_s)
         self._ended_s = ran.ended_s
         self._land(step, ran.sampled)
