@@ -16,7 +16,8 @@ KERNELS = "stateferry_kernels"
 # scheduler. A component is a package or module directly below services/stateferry.
 ALLOWED: dict[str, tuple[str, str]] = {
     "core": ("", ""),
-    "config": ("core", ""),
+    "config": ("core config_sources", ""),
+    "config_sources": ("core", ""),
     "prefix": ("core", ""),
     "v1": ("", "grpc google"),
     "bundled": ("core", ""),
@@ -29,7 +30,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "cache": (f"core prefix {KERNELS}", "torch"),
     # llguidance brings neither torch nor a model: routers check guides with it.
     "guided": ("core", "llguidance numpy"),
-    "engine": (f"core cache models guided {KERNELS}", "torch numpy"),
+    # Guesses in plain Python; a model that drafts is the engine's.
+    "drafting": ("core", ""),
+    "engine": (f"core cache models guided drafting {KERNELS}", "torch numpy"),
     "scheduler": ("core prefix", ""),
     "transfer": ("core", "torch numpy google_crc32c"),
     "api": ("core v1", "grpc grpc_health grpc_reflection google"),
@@ -37,8 +40,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "router": ("core config prefix api telemetry v1 guided", "grpc grpc_health google tokenizers"),
     # What prefill and decode share.
     "worker": (
-        "core config prefix api telemetry v1 models cache engine guided scheduler transfer "
-        f"{KERNELS}",
+        "core config prefix api telemetry v1 models cache drafting engine guided scheduler "
+        f"transfer {KERNELS}",
         "grpc torch",
     ),
     "prefill": (
@@ -50,7 +53,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "grpc torch",
     ),
     # The one-process engine.
-    "colocated": (f"core cache engine models scheduler worker {KERNELS}", "torch"),
+    "colocated": (f"core cache drafting engine models scheduler worker {KERNELS}", "torch"),
     # For users and for the modules below.
     "client": ("core api v1", "grpc"),
     "config_docs": ("config", ""),
@@ -80,11 +83,12 @@ SCHEDULER_FORBIDDEN = {"asyncio", "time", "datetime", "socket", "threading", "os
 
 # Modules that may use os.environ for anything but setdefault: the loader, and the supervisor,
 # which hands its own environment on.
-ENVIRONMENT_READERS = {"config.py", "local/environment.py"}
+ENVIRONMENT_READERS = {"config_sources.py", "local/environment.py"}
 
 TORCH_FREE = (
     "core",
     "config",
+    "config_sources",
     "prefix",
     "scheduler",
     "router",
@@ -211,7 +215,7 @@ def test_only_the_loader_reads_the_environment(repository: Path, sources: list[P
                 continue
         uses = environment_uses(path.read_text(encoding="utf-8"))
         found += [f"{path.relative_to(repository)}:{line}" for line in uses]
-    assert not found, "settings come from config.py: " + ", ".join(found)
+    assert not found, "settings come from config_sources.py: " + ", ".join(found)
 
 
 def test_a_read_of_the_environment_is_found() -> None:

@@ -39,11 +39,11 @@ def test_sequences_join_and_leave_between_steps() -> None:
     step = decode.schedule()
     assert step is not None and step.rows == (DecodeRow("a", 5, 1),)
     start(decode, "b", first=6)
-    decode.complete(step, [11])
+    decode.complete(step, [[11]])
     step = decode.schedule()
     assert step is not None
     assert step.rows == (DecodeRow("a", 11, 2), DecodeRow("b", 6, 1))
-    advances = decode.complete(step, [EOS, 12])
+    advances = decode.complete(step, [[EOS], [12]])
     assert [(a.request_id, a.index, a.finish_reason) for a in advances] == [
         ("a", 2, FinishReason.STOP),
         ("b", 1, None),
@@ -58,7 +58,7 @@ def test_length_and_min_tokens() -> None:
     for token in (EOS, 9, 9):
         step = decode.schedule()
         assert step is not None
-        reasons.append(decode.complete(step, [token])[0].finish_reason)
+        reasons.append(decode.complete(step, [[token]])[0].finish_reason)
     assert reasons == [None, None, FinishReason.LENGTH]
     assert decode.schedule() is None
 
@@ -69,7 +69,7 @@ def test_a_failed_row_ends_alone() -> None:
     start(decode, "b")
     step = decode.schedule()
     assert step is not None
-    advances = decode.complete(step, [None, 5])
+    advances = decode.complete(step, [[], [5]])
     assert [a.request_id for a in advances] == ["b"]
     assert set(memory.held) == {"b"} and not decode.knows("a")
 
@@ -98,7 +98,7 @@ def test_abort_in_flight_keeps_the_memory_until_the_step_is_done() -> None:
     assert step is not None
     decode.abort("a")
     assert set(memory.held) == {"a"}
-    assert decode.complete(step, [5]) == ()
+    assert decode.complete(step, [[5]]) == ()
     assert not memory.held
 
 
@@ -112,17 +112,17 @@ def test_a_step_before_its_tokens_are_known() -> None:
     assert first is not None and first.rows == (DecodeRow("a", 5, 1), DecodeRow("b", 6, 1))
     assert second is not None and second.rows == (DecodeRow("a", None, 2), DecodeRow("b", None, 2))
     assert decode.schedule() is None
-    advances = decode.complete(first, [EOS, 12])
+    advances = decode.complete(first, [[EOS], [12]])
     assert [(a.request_id, a.index) for a in advances] == [("a", 1), ("b", 1)]
     assert set(memory.held) == {"a", "b"} and decode.knows("a"), "the second step may still write"
     third = decode.schedule()
     assert third is not None and third.rows == (DecodeRow("b", None, 3),)
-    advances = decode.complete(second, [99, 13])
+    advances = decode.complete(second, [[99], [13]])
     assert [(a.request_id, a.index) for a in advances] == [("b", 2)]
     assert set(memory.held) == {"b"} and not decode.knows("a")
     # The token that ended a was not consumed, as far as anybody is concerned.
     assert memory.tokens == {"a": [5], "b": [6, 12]}
-    decode.complete(third, [14])
+    decode.complete(third, [[14]])
     step = decode.schedule()
     assert step is not None and step.rows == (DecodeRow("b", 14, 4),)
 
@@ -133,9 +133,9 @@ def test_no_step_beyond_the_last_token() -> None:
     start(decode, "a", max_tokens=3)
     first, second = decode.schedule(), decode.schedule()
     assert first is not None and second is not None
-    decode.complete(first, [9])
+    decode.complete(first, [[9]])
     assert decode.schedule() is None
-    [last] = decode.complete(second, [9])
+    [last] = decode.complete(second, [[9]])
     assert last.finish_reason is FinishReason.LENGTH and not decode.knows("a")
 
 
@@ -144,9 +144,9 @@ def test_what_fails_is_spoilt_though_a_step_follows() -> None:
     start(decode, "a")
     first, second = decode.schedule(), decode.schedule()
     assert first is not None and second is not None
-    assert decode.complete(first, [None]) == ()
+    assert decode.complete(first, [[]]) == ()
     assert memory.spoilt == {"a"} and set(memory.held) == {"a"}
-    assert decode.complete(second, [9]) == ()
+    assert decode.complete(second, [[9]]) == ()
     assert not memory.held
 
 
@@ -156,7 +156,8 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int, most: Literal[1,
     rng = random.Random(seed)
     decode, memory = scheduler(capacity=3, max_waiting=1000, max_in_flight=most)
     in_flight: deque[DecodeStep] = deque()
-    overlapped = 0
+    overlapped = num_runs = 0
+    most_tokens: dict[str, int] = {}
     next_index: dict[str, int] = {}
     names: list[str] = []
     reserved: list[str] = []
@@ -168,7 +169,8 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int, most: Literal[1,
         if reserved and rng.random() < 0.7:
             name = reserved.pop(0)
             if decode.knows(name):
-                decode.activate(name, 7, stop(max_tokens=rng.choice([2, 5, 30])))
+                most_tokens[name] = rng.choice([2, 5, 30])
+                decode.activate(name, 7, stop(max_tokens=most_tokens[name]))
                 next_index[name] = 1
         if (scheduled := decode.schedule()) is not None:
             in_flight.append(scheduled)
@@ -179,16 +181,24 @@ def test_random_walk_leaks_nothing_and_leaves_no_gap(seed: int, most: Literal[1,
         overlapped += len(in_flight) > 1
         if in_flight and (len(in_flight) == most or rng.random() < 0.5):
             step = in_flight.popleft()
-            tokens = [rng.choice([None, EOS, 5, 5, 5, 5]) for _ in step.rows]
-            for advance in decode.complete(step, tokens):
+            runs = [[], [EOS], [5], [5], [5], [5]]
+            if most == 1:
+                # As drafts do; a stop ends a run, and so does the limit.
+                runs += [[5, 5, EOS], [5, 5]]
+            given = [
+                rng.choice(runs)[: most_tokens[row.request_id] - row.index] for row in step.rows
+            ]
+            num_runs += sum(len(run) > 1 for run in given)
+            for advance in decode.complete(step, given):
                 assert advance.index == next_index[advance.request_id]
                 next_index[advance.request_id] += 1
         assert len(memory.held) == decode.num_active
     for name in names:
         decode.abort(name)
     for step in in_flight:
-        decode.complete(step, [5] * len(step.rows))
+        decode.complete(step, [[5]] * len(step.rows))
     assert not memory.held and bool(overlapped) == (most > 1)
+    assert bool(num_runs) == (most == 1)
     assert max(next_index.values()) > 3
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from stateferry.colocated.engine import ColocatedEngine
-from stateferry.config import CacheSection, ModelSection, WorkerSection
+from stateferry.config import (
+    NO_SPECULATION,
+    CacheSection,
+    ModelSection,
+    SpeculationSection,
+    WorkerSection,
+)
 from stateferry.worker.parts import EngineParts, build_engine
 
 # Every prompt is computed.
@@ -22,6 +28,7 @@ def local_engine(
     memory_bytes: int = 0,
     cache: CacheSection = NO_CACHE,
     overlap: bool = False,
+    speculation: SpeculationSection = NO_SPECULATION,
 ) -> tuple[ColocatedEngine, EngineParts]:
     """An engine whose pools are full of NaN, so that a read of unwritten memory shows."""
     parts = build_engine(
@@ -29,6 +36,7 @@ def local_engine(
         ModelSection(grid_tokens=grid, max_context_tokens=max_context_tokens),
         WorkerSection(max_requests=max_requests, memory_bytes=memory_bytes),
         cache,
+        speculation=speculation,
     )
     parts.cache.pools.poison()
     engine = ColocatedEngine(
@@ -38,5 +46,6 @@ def local_engine(
         grid=parts.grid,
         budget_tokens=budget_tokens,
         overlap=overlap,
+        speculator=parts.speculator,
     )
     return engine, parts

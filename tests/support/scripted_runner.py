@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from stateferry.cache.page_copy import PageCopy
 from stateferry.core.sampling import SampledToken
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
-from stateferry.engine.launch import Launch, Over
+from stateferry.engine.launch import Launch, Over, Planned
 from support.small_cache import GRID
 
 
@@ -36,7 +36,7 @@ class ScriptedRunner:
             samples = [row.sample for row in batch.rows if row.sample is not None]
             return Over([self._token(sample.index) for sample in samples])
 
-        return Launch(start)
+        return Planned(start)
 
     def decode(self, batch: DecodeBatch) -> Launch:
         self._plan(batch)
@@ -50,7 +50,7 @@ class ScriptedRunner:
                     row.sampled.come_out(token.token_id)
             return Over(tokens)
 
-        return Launch(start)
+        return Planned(start)
 
     def copy(self, copies: Iterable[PageCopy]) -> None:
         self.copies += copies

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from stateferry.core.clock import SystemClock
 from stateferry.core.sampling import SampledToken
-from stateferry.engine.launch import Launch, Over, Sampled
+from stateferry.engine.launch import Launch, Over, Planned, Sampled
 from stateferry.worker.pipeline import Pipeline
 from support.scripted_runner import Gate, NullMeter
 
@@ -79,7 +79,7 @@ class Bench:
                 raise RuntimeError("bad weather")
             return Over([SampledToken(step.number)])
 
-        return Launch(start)
+        return Planned(start)
 
     def land(self, step: Step, sampled: Sampled | Exception) -> None:
         self.in_flight -= 1

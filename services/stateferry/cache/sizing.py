@@ -86,5 +86,10 @@ def size_pools(
     )
 
 
+def tail_bytes(geometry: StateGeometry, rows: int, dtype: torch.dtype) -> int:
+    """Bytes of so many rows of a tail, or of a draft, all layers."""
+    return _size_bytes(tail_parts(geometry, rows, dtype))
+
+
 def _size_bytes(parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())

@@ -11,7 +11,7 @@ import torch
 from stateferry.cache.lease import SequenceLease
 from stateferry.cache.state_view import StateView, whole
 from stateferry.core.errors import ConfigError
-from stateferry_kernels.layer_state import ZERO_SLOT, LayerState, StateGeometry
+from stateferry_kernels.layer_state import ZERO_SLOT, DraftRows, LayerState, StateGeometry
 
 _Part = tuple[tuple[int, ...], torch.dtype]
 
@@ -84,6 +84,19 @@ class StatePool:
     def tail_tensors(self, page: int, rows: int) -> list[torch.Tensor]:
         """Rows [0, rows) of a tail page, all layers, in place."""
         return [self._tensors[kind][page, :, :rows] for kind in _TAIL_KINDS]
+
+    def draft_rows(self, num_pages: int, most_rows: int) -> tuple[DraftRows, ...]:
+        """New memory for the drafts of ``num_pages`` sequences of at most ``most_rows`` tokens
+        each, by layer."""
+        device = self._tensors["ssm_state"].device
+        tensors = {
+            kind.removeprefix("tail_"): torch.empty((num_pages, *shape), dtype=dtype, device=device)
+            for kind, (shape, dtype) in tail_parts(self.geometry, most_rows, self.dtype).items()
+        }
+        return tuple(
+            DraftRows(**{kind: tensor[:, layer] for kind, tensor in tensors.items()})
+            for layer in range(self.geometry.num_layers)
+        )
 
     @property
     def size_bytes(self) -> int:

@@ -12,18 +12,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import InvariantViolation, StateferryError
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
-from stateferry.engine.launch import Launch, Sampled, Started
+from stateferry.drafting.speculator import Speculator
+from stateferry.engine.launch import Planned, ResultT, Running, Sampled
 from stateferry.engine.prompt_scores import as_scores
 from stateferry.engine.rules import RulesMaker, why_no_token
 from stateferry.engine.runner import ModelRunner
+from stateferry.engine.verify_batch import Run
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
-from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
+from stateferry.scheduler.extend import ExtendStep
+from stateferry.scheduler.prefill import PrefillScheduler
 from stateferry.worker.launcher import Launcher
 from stateferry.worker.steering import steered
 
@@ -44,8 +47,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    started: Future[Started]
-    land: Callable[[Sampled], list[StateferryError]]
+    """A pass of either kind."""
+
+    started: Future[Running[Any]]
+    land: Callable[[Any], list[StateferryError]]
 
 
 class ColocatedEngine:
@@ -60,12 +65,14 @@ class ColocatedEngine:
         grid: int,
         budget_tokens: int,
         overlap: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
         """overlap: whether steps are planned while the ones before run, on a thread of their own.
-        Outputs then come one ``step`` later, and are the same."""
+        Outputs then come one ``step`` later, and are the same. speculator: drafts; the runner has
+        room for them. Decode steps do not overlap then."""
         self._cache = cache
         self._rules = rules
-        self._launcher = Launcher(runner, cache)
+        self._launcher = Launcher(runner, cache, speculator)
         self._overlap = overlap
         self._thread = ThreadPoolExecutor(1, "engine") if overlap else None
         self._in_flight: deque[_InFlight] = deque()
@@ -80,7 +87,9 @@ class ColocatedEngine:
             max_waiting=1 << 30,
             max_in_flight=most,
         )
-        self._decode = DecodeScheduler(cache, max_waiting=0, max_in_flight=most)
+        self._decode = DecodeScheduler(
+            cache, max_waiting=0, max_in_flight=1 if speculator is not None else most
+        )
         self._requests: dict[str, GenerationRequest] = {}
         self._running: dict[str, Continuation] = {}
         self.outputs: dict[str, Output] = {}
@@ -107,7 +116,7 @@ class ColocatedEngine:
         if self._requests.pop(request_id, None) is not None:
             self._prefill.abort(request_id)
             self._decode.abort(request_id)
-            self._running.pop(request_id, None)
+            self._forget(request_id)
             del self.outputs[request_id]
 
     def preempt(self, request_id: str) -> bool:
@@ -118,7 +127,7 @@ class ColocatedEngine:
         if request_id not in self._running:
             return False
         self._decode.abort(request_id)
-        del self._running[request_id]
+        self._forget(request_id)
         request, token_ids = self._requests[request_id], self.outputs[request_id].token_ids
         prompt_ids = request.prompt_ids[: request.prompt_len - request.num_output_ids]
         again = replace(
@@ -173,7 +182,9 @@ class ColocatedEngine:
             launch = self._launcher.decode(step, self._running)
             self._launch(launch, partial(self._land_decode, step))
 
-    def _launch(self, launch: Launch, land: Callable[[Sampled], list[StateferryError]]) -> None:
+    def _launch(
+        self, launch: Planned[ResultT], land: Callable[[ResultT], list[StateferryError]]
+    ) -> None:
         if self._thread is not None:
             self.num_overlapped += bool(self._in_flight)
             started = self._thread.submit(launch.start)
@@ -212,22 +223,26 @@ class ColocatedEngine:
         if request_id in self._requests:
             self._cache.publish(request_id)
             self._running[request_id] = request.continuation
+            self._launcher.begin(request_id, request.prompt_ids)
             self._prefill.hand_over(request_id)
             self._decode.take_over(request_id, token.token_id, request.stop, count)
         else:
             self._prefill.release(request_id)
 
-    def _land_decode(self, step: DecodeStep, sampled: Sampled) -> list[StateferryError]:
-        tokens = {row.request_id: t for row, t in zip(step.rows, sampled, strict=True)}
-        ids = [None if token is None else token.token_id for token in sampled]
-        for advance in self._decode.complete(step, ids):
-            token = tokens[advance.request_id]
-            assert token is not None
+    def _land_decode(self, step: DecodeStep, runs: list[Run]) -> list[StateferryError]:
+        self._launcher.landed(step, runs)
+        tokens = {
+            (row.request_id, row.index + offset): token
+            for row, run in zip(step.rows, runs, strict=True)
+            for offset, token in enumerate(run.tokens)
+        }
+        for advance in self._decode.complete(step, [run.token_ids for run in runs]):
+            token = tokens[advance.request_id, advance.index]
             self._emit(advance.request_id, token, advance.finish_reason)
         return [
-            self._drop(request_id)
-            for request_id, token in tokens.items()
-            if token is None and request_id in self._requests
+            self._drop(row.request_id)
+            for row, run in zip(step.rows, runs, strict=True)
+            if not run.tokens and row.request_id in self._requests
         ]
 
     def _drop(self, request_id: str) -> StateferryError:
@@ -241,4 +256,8 @@ class ColocatedEngine:
         if reason is not None:
             output.finish_reason = reason
             del self._requests[request_id]
-            self._running.pop(request_id, None)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+        self._launcher.end(request_id)

@@ -13,9 +13,10 @@ from stateferry.core.clock import Clock
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.request import Continuation
 from stateferry.core.sampling import FinishReason, SampledToken
-from stateferry.engine.launch import Launch, Sampled
+from stateferry.engine.launch import Planned
 from stateferry.engine.rules import why_no_token
 from stateferry.engine.runner import ModelRunner
+from stateferry.engine.verify_batch import Run
 from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
 from stateferry.worker.launcher import Launcher
 from stateferry.worker.meter import WorkerMeter
@@ -56,7 +57,7 @@ class DecodeLoop:
         self._launcher = Launcher(runner, cache)
         self._reserving: dict[str, asyncio.Future[None]] = {}
         self._streams: dict[str, _Stream] = {}
-        self._pipeline: Pipeline[DecodeStep] = Pipeline(
+        self._pipeline: Pipeline[DecodeStep, list[Run]] = Pipeline(
             "decode",
             executor,
             clock,
@@ -119,28 +120,30 @@ class DecodeLoop:
             if output.finish_reason is not None:
                 return
 
-    def _plan(self, step: DecodeStep) -> Launch:
+    def _plan(self, step: DecodeStep) -> Planned[list[Run]]:
         requests = {row.request_id: self._streams[row.request_id].request for row in step.rows}
         return self._launcher.decode(step, requests)
 
-    def _land(self, step: DecodeStep, sampled: Sampled | Exception) -> None:
+    def _land(self, step: DecodeStep, sampled: list[Run] | Exception) -> None:
         failure: InvariantViolation | None = None
         if isinstance(sampled, Exception):
             failure = InvariantViolation("a decode step failed")
-            sampled = [None] * len(step.rows)
-        tokens = {row.request_id: token for row, token in zip(step.rows, sampled, strict=True)}
-        ids = [None if token is None else token.token_id for token in sampled]
-        for advance in self._scheduler.complete(step, ids):
-            token = tokens[advance.request_id]
-            if token is None:
-                raise InvariantViolation(f"{advance.request_id} advanced without a token")
+            sampled = [Run()] * len(step.rows)
+        self._launcher.landed(step, sampled)
+        tokens = {
+            (row.request_id, row.index + offset): token
+            for row, run in zip(step.rows, sampled, strict=True)
+            for offset, token in enumerate(run.tokens)
+        }
+        for advance in self._scheduler.complete(step, [run.token_ids for run in sampled]):
+            token = tokens[advance.request_id, advance.index]
             output = OutputStep(advance.index, token, advance.finish_reason)
             self._streams[advance.request_id].outputs.put_nowait(output)
-        for request_id, token in tokens.items():
-            if token is None:
-                stream = self._streams[request_id]
+        for row, run in zip(step.rows, sampled, strict=True):
+            if not run.tokens:
+                stream = self._streams[row.request_id]
                 stream.outputs.put_nowait(failure or why_no_token(stream.request.rules))
-            self._drop_if_gone(request_id)
+            self._drop_if_gone(row.request_id)
         self._grant()
 
     def _grant(self) -> None:
@@ -152,4 +155,5 @@ class DecodeLoop:
     def _drop_if_gone(self, request_id: str) -> None:
         # The reader keeps its own reference; only the loop's is dropped.
         if not self._scheduler.knows(request_id):
+            self._launcher.end(request_id)
             self._streams.pop(request_id, None)

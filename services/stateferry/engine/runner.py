@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import torch
 from stateferry.cache.page_copies import run_copies
 from stateferry.cache.page_copy import PageCopy
 from stateferry.cache.pools import SequencePools
+from stateferry.core.errors import InvariantViolation
 from stateferry.engine.arriving import Arriving
 from stateferry.engine.extend_logits import (
     keep_finals,
@@ -29,16 +30,28 @@ from stateferry.engine.extend_logits import (
 )
 from stateferry.engine.forward_batch import DecodeBatch, ExtendBatch
 from stateferry.engine.freed_memory import keep_freed_memory
-from stateferry.engine.launch import Launch, Over, Sampled, Started
+from stateferry.engine.launch import Launch, Over, Planned, Sampled, Started
 from stateferry.engine.sampler import greedy_tokens, is_greedy, likeliest_rows, sample
+from stateferry.engine.verify_batch import AcceptPlace, Run, VerifyBatch, accept_plan
+from stateferry.engine.verify_walk import walk
 from stateferry.models.caches import LayerCaches
 from stateferry.models.model import Model
 from stateferry_kernels.device_tables import device_array
+from stateferry_kernels.draft_plans import VerifyPlan
 from stateferry_kernels.kv_layer import KvPlan
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
 
 if TYPE_CHECKING:
     from stateferry.engine.decode_graphs import DecodeGraphs
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Room for drafts: of so many sequences at a time, of so many rows each, a sequence's last
+    token among them."""
+
+    sequences: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +81,11 @@ class ModelRunner:
         device: torch.device | str = "cpu",
         *,
         graphs_up_to_tokens: int = 0,
+        drafts: Drafts | None = None,
     ) -> None:
         """graphs_up_to_tokens: whether decode steps run as CUDA graphs, for sequences of at most so
-        many tokens; on the Triton backend and a GPU alone. 0: they do not."""
+        many tokens; on the Triton backend and a GPU alone. 0: they do not. drafts: room for those
+        that ``verify`` takes; without, there is none."""
         self._model = model
         self._pools = pools
         self._grid = pools.grid
@@ -80,7 +95,12 @@ class ModelRunner:
         # The last decode step, while nobody need have seen its tokens.
         self._ahead: _Ahead | None = None
         keep_freed_memory()
-        self.caches = LayerCaches(states=pools.states.layers, kv=pools.kv.layers)
+        self.drafts = drafts
+        self.caches = LayerCaches(
+            states=pools.states.layers,
+            kv=pools.kv.layers,
+            drafts=() if drafts is None else pools.states.draft_rows(*astuple(drafts)),
+        )
         self.graphs: DecodeGraphs | None = None
         if graphs_up_to_tokens:
             # Imported late: Triton is not everywhere.
@@ -96,7 +116,7 @@ class ModelRunner:
         starts = [row.lease.position for row in batch.rows]
         plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
         batch.advance(self._grid)
-        return Launch(partial(self._extend, batch, starts, plan, kv_plan))
+        return Planned(partial(self._extend, batch, starts, plan, kv_plan))
 
     def decode(self, batch: DecodeBatch) -> Launch:
         """Plan to consume one token per row, to commit the tails that become full, and to fill in
@@ -104,7 +124,20 @@ class ModelRunner:
         plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
         due = batch.commit_plan(self._grid)
         batch.advance(self._grid)
-        return Launch(partial(self._decode, batch, plan, kv_plan, due))
+        return Planned(partial(self._decode, batch, plan, kv_plan, due))
+
+    def verify(self, batch: VerifyBatch) -> Planned[list[Run]]:
+        """Plan to consume of each row its last token and as much of its draft as is right. The
+        leases stay where they are until ``batch.advance`` moves them past the launch's result:
+        until then nothing else may be planned for these sequences. Raises InvariantViolation for
+        more sequences or longer drafts than there is room for."""
+        drafts = self.drafts
+        if drafts is None or len(batch.rows) > drafts.sequences:
+            raise InvariantViolation(f"{len(batch.rows)} drafts, there is room for {drafts}")
+        if max(row.num_rows for row in batch.rows) > drafts.rows:
+            raise InvariantViolation(f"a draft of more rows than there is room for: {drafts}")
+        plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
+        return Planned(partial(self._verify, batch, plan, kv_plan, batch.places()))
 
     @torch.inference_mode()
     def copy(self, copies: Iterable[PageCopy]) -> None:
@@ -155,6 +188,22 @@ class ModelRunner:
             return self._ahead
         likeliest = None if decoded is None else decoded.likeliest.wait()
         return Over(_note(batch, sample(logits, specs, likeliest)))
+
+    @torch.inference_mode()
+    def _verify(
+        self,
+        batch: VerifyBatch,
+        plan: VerifyPlan,
+        kv_plan: KvPlan,
+        places: list[AcceptPlace],
+    ) -> Over[list[Run]]:
+        self._ahead = None
+        token_ids = self._tokens(batch.token_ids())
+        runs = walk(self._model.verify(token_ids, plan, kv_plan, self.caches), batch)
+        accepted = accept_plan(places, runs, self._grid)
+        if accepted is not None:
+            self._model.accept(accepted, self.caches)
+        return Over(runs)
 
     def _commit(self, plan: CommitPlan) -> None:
         if self.graphs is None:

@@ -34,12 +34,12 @@ def sample(
     None stands for a row with a non-finite logit, where nothing can be trusted, or one whose rules
     broke, which then say why.
     """
-    ids, finite = _likeliest_ids(logits, likeliest)
+    ids, finite = likeliest_ids(logits, likeliest)
     if all(is_greedy(spec) for spec in specs):
         return _greedy(ids, finite)
     tokens: list[SampledToken | None] = []
     for row, spec, top_id, ok in zip(logits.cpu().numpy(), specs, ids, finite, strict=True):
-        tokens.append(_sample_row(row, top_id, spec) if ok else None)
+        tokens.append(sample_row(row, top_id, spec) if ok else None)
     return tokens
 
 
@@ -76,10 +76,10 @@ def _greedy(ids: list[int], finite: list[bool]) -> list[SampledToken | None]:
     return [SampledToken(i) if ok else None for i, ok in zip(ids, finite, strict=True)]
 
 
-def _likeliest_ids(
-    logits: torch.Tensor, likeliest: torch.Tensor | None
+def likeliest_ids(
+    logits: torch.Tensor, likeliest: torch.Tensor | None = None
 ) -> tuple[list[int], list[bool]]:
-    """``likeliest_rows`` on the host."""
+    """``likeliest_rows`` on the host, made of ``logits`` if they are not known."""
     if logits.device.type != "cpu":
         # One trip to the host for all rows.
         ids, finite = (likeliest_rows(logits) if likeliest is None else likeliest).tolist()
@@ -92,9 +92,10 @@ def _likeliest_ids(
     return ids.tolist(), finite.tolist()
 
 
-def _sample_row(
+def sample_row(
     logits: npt.NDArray[np.float32], top_id: int, spec: SampleSpec
 ) -> SampledToken | None:
+    """One row of ``sample``: finite logits (vocab_size,), of which ``top_id`` is the largest."""
     largest = float(logits[top_id])
     try:
         token_id = _choose(logits, top_id, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stateferry_kernels.kv_layer import KvLayer
-from stateferry_kernels.layer_state import LayerState
+from stateferry_kernels.layer_state import DraftRows, LayerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +15,5 @@ class LayerCaches:
 
     states: tuple[LayerState, ...]
     kv: tuple[KvLayer, ...]
+    # Beside the states, where drafts are verified.
+    drafts: tuple[DraftRows, ...] = ()

@@ -15,6 +15,7 @@ from stateferry.models.layers.mixer import MixerCore
 from stateferry.models.recorded import RecordedSteps
 from stateferry.models.step import Step
 from stateferry_kernels.device_tables import device_array
+from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.kv_layer import KvGeometry, KvPlan
 from stateferry_kernels.layer_state import StateGeometry
 from stateferry_kernels.operations import Kernels
@@ -82,6 +83,23 @@ class LanguageModel:
         embedded = self._embed(token_ids)
         stacked = self.recorded.run(self._stack, self.kernels, embedded, plan, kv_plan, caches)
         return self.logits(self._hidden(*stacked))
+
+    def verify(
+        self, token_ids: torch.Tensor, plan: VerifyPlan, kv_plan: KvPlan, caches: LayerCaches
+    ) -> torch.Tensor:
+        """Evaluate drafts: token_ids (plan.num_rows,) int64, each sequence's last token and what is
+        guessed to follow it.
+
+        Returns logits (num_rows, vocab_size) fp32. Writes draft rows, and keys and values behind
+        the sequences' ends; nothing that counts before ``accept``.
+        """
+        step = Step.verify(self.kernels, token_ids, plan, kv_plan, caches)
+        return self.logits(self._hidden(*self._stack(self._embed(token_ids), step)))
+
+    def accept(self, plan: AcceptPlan, caches: LayerCaches) -> None:
+        """Append accepted rows to their tails, on every Mamba-2 layer, and commit what is full."""
+        for mixer, state, drafts in zip(self.mixers, caches.states, caches.drafts, strict=True):
+            self.kernels.accept(params=mixer.ssm, plan=plan, state=state, drafts=drafts)
 
     def commit(self, plan: CommitPlan, caches: LayerCaches) -> None:
         """Fold full tails into fresh slots, on every Mamba-2 layer."""

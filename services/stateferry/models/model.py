@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from stateferry.models.caches import LayerCaches
+from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.kv_layer import KvGeometry, KvPlan
 from stateferry_kernels.layer_state import StateGeometry
 from stateferry_kernels.plans import CommitPlan, DecodePlan, ExtendPlan
@@ -70,6 +71,21 @@ class Model(Protocol):
 
         Returns logits (num_seqs, vocab_size) fp32. Appends to tails and pages; commits nothing.
         """
+        ...
+
+    def verify(
+        self, token_ids: torch.Tensor, plan: VerifyPlan, kv_plan: KvPlan, caches: LayerCaches
+    ) -> torch.Tensor:
+        """Evaluate drafts: token_ids (plan.num_rows,) int64, each sequence's last token and what is
+        guessed to follow it.
+
+        Returns logits (num_rows, vocab_size) fp32. Writes draft rows, and keys and values behind
+        the sequences' ends; nothing that counts before ``accept``.
+        """
+        ...
+
+    def accept(self, plan: AcceptPlan, caches: LayerCaches) -> None:
+        """Append accepted rows to their tails, on every Mamba-2 layer, and commit what is full."""
         ...
 
     def commit(self, plan: CommitPlan, caches: LayerCaches) -> None:

@@ -1,7 +1,7 @@
 """One forward pass: which rows there are, where their sequences live, and what the layers share.
 
-An extend and a decode step differ in two operations only, the convolution and the state space
-model. Layers are written once and ask the step for them.
+An extend, a decode step and a verification differ in two operations only, the convolution and the
+state space model. Layers are written once and ask the step for them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from stateferry.models.caches import LayerCaches
 from stateferry.models.sizes import AttentionSizes, MixerSizes
+from stateferry_kernels.draft_plans import VerifyPlan
 from stateferry_kernels.kv_layer import KvPlan, row_positions
-from stateferry_kernels.layer_state import ConvParams, LayerState, SsmLayerParams
+from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState, SsmLayerParams
 from stateferry_kernels.operations import Kernels
 from stateferry_kernels.plans import DecodePlan, ExtendPlan
 
@@ -65,6 +66,7 @@ class Step:
         self._device = token_ids.device
         self._conv = conv
         self._ssm = ssm
+        self._drafts: tuple[DraftRows, ...] = ()
         self._mixer_rows: MixerRows | None = None
         self._attended: Attended | None = None
         self._positions: Positions | None = None
@@ -97,20 +99,44 @@ class Step:
         ssm = partial(kernels.decode_row, plan=plan)
         return cls(kernels, token_ids, kv_plan, caches, conv, ssm)
 
-    def conv(self, xBC: torch.Tensor, conv: ConvParams, state: LayerState, rows: MixerRows) -> None:
-        """Convolve and activate xBC (num_rows, conv_dim)."""
-        self._conv(xBC, conv=conv, state=state, out=rows.activated)
+    @classmethod
+    def verify(
+        cls,
+        kernels: Kernels,
+        token_ids: torch.Tensor,
+        plan: VerifyPlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+    ) -> Step:
+        """A packed batch of drafts."""
+        conv = partial(kernels.causal_conv1d_verify, plan=plan)
+        ssm = partial(kernels.verify, plan=plan)
+        step = cls(kernels, token_ids, kv_plan, caches, conv, ssm)
+        step._drafts = caches.drafts
+        return step
+
+    def conv(self, xBC: torch.Tensor, conv: ConvParams, mixer: int, rows: MixerRows) -> None:
+        """Convolve and activate xBC (num_rows, conv_dim) of mixer number ``mixer``."""
+        self._conv(xBC, conv=conv, out=rows.activated, **self._places(mixer))
 
     def ssm(
         self,
         rows: MixerRows,
         dt: torch.Tensor,
         params: SsmLayerParams,
-        state: LayerState,
+        mixer: int,
         z: torch.Tensor | None,
     ) -> None:
         """x, dt, B, C -> y, gated by z (num_rows, nheads, headdim) if there is one."""
-        self._ssm(rows.x, dt, rows.B, rows.C, params=params, state=state, out=rows.y_heads, z=z)
+        places = self._places(mixer)
+        self._ssm(rows.x, dt, rows.B, rows.C, params=params, out=rows.y_heads, z=z, **places)
+
+    def _places(self, mixer: int) -> dict[str, LayerState | DraftRows]:
+        """Where the mixer's sequences live."""
+        places: dict[str, LayerState | DraftRows] = {"state": self.caches.states[mixer]}
+        if self._drafts:
+            places["drafts"] = self._drafts[mixer]
+        return places
 
     @property
     def positions(self) -> Positions:

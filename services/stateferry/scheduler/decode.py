@@ -134,33 +134,44 @@ class DecodeScheduler:
         self._in_flight.launch(step, (row.request_id for row in rows))
         return step
 
-    def complete(self, step: DecodeStep, token_ids: Sequence[int | None]) -> tuple[Advance, ...]:
-        """Account for the oldest step and its sampled tokens; None for a row that failed.
+    def complete(
+        self, step: DecodeStep, outputs: Sequence[Sequence[int]]
+    ) -> tuple[Advance, ...]:
+        """Account for the oldest step and what it sampled: of each row one output token, or several
+        where guesses were right, all of which but the last were consumed; no token of a row that
+        failed.
 
         Finished and failed sequences return their memory once no step touches it; failed ones have
         no advance.
         """
-        for row, token_id in zip(step.rows, token_ids, strict=True):
-            if token_id is None:
+        for row, token_ids in zip(step.rows, outputs, strict=True):
+            if not token_ids:
                 self._memory.spoil(row.request_id)
         unwanted = self._in_flight.land(step)
         advances = []
-        for row, token_id in zip(step.rows, token_ids, strict=True):
+        for row, token_ids in zip(step.rows, outputs, strict=True):
             if row.request_id in unwanted:
                 continue
-            if token_id is None:
+            if not token_ids:
                 self.abort(row.request_id)
                 continue
-            sequence = self._active[row.request_id]
+            advances += self._advance(row, token_ids)
+        return tuple(advances)
+
+    def _advance(self, row: DecodeRow, token_ids: Sequence[int]) -> list[Advance]:
+        sequence = self._active[row.request_id]
+        sequence.num_in_flight -= 1
+        advances = []
+        for offset, token_id in enumerate(token_ids):
             self._memory.consumed(row.request_id, sequence.last_token_id)
             sequence.last_token_id = token_id
             sequence.num_output_tokens += 1
-            sequence.num_in_flight -= 1
             reason = sequence.stop.check(token_id, sequence.num_output_tokens)
+            advances.append(Advance(row.request_id, row.index + offset, reason))
             if reason is not None:
                 self.abort(row.request_id)
-            advances.append(Advance(row.request_id, row.index, reason))
-        return tuple(advances)
+                break
+        return advances
 
     def abort(self, request_id: str) -> None:
         """Forget a request in any phase. Unknown ids are ignored: it may have ended already."""

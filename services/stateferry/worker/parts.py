@@ -11,15 +11,23 @@ from typing import Literal
 import torch
 
 from stateferry.cache.pools import build_pools, layout_fingerprint
-from stateferry.cache.sizing import size_pools
+from stateferry.cache.sizing import size_pools, tail_bytes
 from stateferry.cache.state_cache import StateCache
-from stateferry.config import AUTO_BYTES, CacheSection, ModelSection, WorkerSection
+from stateferry.config import (
+    AUTO_BYTES,
+    NO_SPECULATION,
+    CacheSection,
+    ModelSection,
+    SpeculationSection,
+    WorkerSection,
+)
 from stateferry.core.eos import read_eos_token_ids
 from stateferry.core.errors import ConfigError, InvariantViolation, ModelError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.sampling import SamplingParams
 from stateferry.core.weight_files import weights_fingerprint
 from stateferry.core.worker import PoolSizes
+from stateferry.drafting.speculator import Speculator
 from stateferry.engine.forward_batch import (
     DecodeBatch,
     DecodeInput,
@@ -28,11 +36,12 @@ from stateferry.engine.forward_batch import (
     SampleSpec,
 )
 from stateferry.engine.rules import RulesMaker
-from stateferry.engine.runner import ModelRunner
+from stateferry.engine.runner import Drafts, ModelRunner
 from stateferry.guided.compiler import GuideCompiler
 from stateferry.models.model import Model
 from stateferry.models.registry import load_model
 from stateferry.worker.device import pick_device, steps_in_flight, wants_graphs
+from stateferry.worker.drafting import most_guesses, speculator
 from stateferry.worker.limits import ModelLimits
 from stateferry.worker.memory import automatic_budget_bytes, automatic_cache_bytes
 from stateferry.worker.reuse import reuse_of
@@ -58,6 +67,7 @@ class EngineParts:
     rules: RulesMaker
     kernels: str
     steps_in_flight: Literal[1, 2]
+    speculator: Speculator | None = None
 
 
 def build_engine(
@@ -66,6 +76,7 @@ def build_engine(
     worker: WorkerSection,
     cached: CacheSection,
     progress: Callable[[int, int], None] | None = None,
+    speculation: SpeculationSection = NO_SPECULATION,
 ) -> EngineParts:
     """Load the model and size its pools. ``progress`` gets (bytes loaded, bytes in all).
 
@@ -88,8 +99,10 @@ def build_engine(
         page_tokens=grid,
         dtype=dtype,
     )
-    reuse = reuse_of(cached, loaded, grid, weights, layout)
-    sizes = _sizes(loaded, model, worker, cached, grid, device)
+    guesses = most_guesses(speculation, grid)
+    reuse = reuse_of(cached, loaded, grid, weights, layout, draft_tokens=guesses)
+    draft_rows = 1 + guesses if guesses else 0
+    sizes = _sizes(loaded, model, worker, cached, grid, device, draft_rows)
     _report(sizes)
     pools = build_pools(
         loaded.state_geometry,
@@ -101,7 +114,11 @@ def build_engine(
     )
     graphs = wants_graphs(worker, device, kernels)
     runner = ModelRunner(
-        loaded, pools, device, graphs_up_to_tokens=model.max_context_tokens if graphs else 0
+        loaded,
+        pools,
+        device,
+        graphs_up_to_tokens=model.max_context_tokens if graphs else 0,
+        drafts=Drafts(sizes.sequences, draft_rows) if draft_rows else None,
     )
     cache = StateCache(pools, sizes, reuse)
     if runner.graphs is not None:
@@ -125,6 +142,7 @@ def build_engine(
         rules=_rules(model_dir, loaded.vocab_size),
         kernels=kernels.name,
         steps_in_flight=in_flight,
+        speculator=speculator(speculation, grid),
     )
 
 
@@ -153,10 +171,12 @@ def _sizes(
     cached: CacheSection,
     grid: int,
     device: torch.device,
+    draft_rows: int,
 ) -> PoolSizes:
     cache_bytes = cached.memory_bytes
     if cache_bytes == AUTO_BYTES:
         cache_bytes = automatic_cache_bytes(device)
+    draft_bytes = worker.max_requests * tail_bytes(loaded.state_geometry, draft_rows, loaded.dtype)
     return size_pools(
         loaded.state_geometry,
         loaded.kv_geometry,
@@ -164,8 +184,10 @@ def _sizes(
         dtype=loaded.dtype,
         max_sequences=worker.max_requests,
         max_context_tokens=model.max_context_tokens,
-        budget_bytes=worker.memory_bytes
-        or automatic_budget_bytes(device, worker.workers_per_machine),
+        budget_bytes=(
+            worker.memory_bytes or automatic_budget_bytes(device, worker.workers_per_machine)
+        )
+        - draft_bytes,
         cache_bytes=cache_bytes if cached.enabled else 0,
         tokens_per_state=cached.tokens_per_state,
     )

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from stateferry.core.clock import Clock
-from stateferry.engine.launch import Launch, Sampled, Started
+from stateferry.engine.launch import Planned, Running
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.waiting import Wakeup, run_to_end, settle
 
@@ -45,24 +45,25 @@ class Step(Protocol):
 
 T = TypeVar("T")
 StepT = TypeVar("StepT", bound=Step)
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
-class _Ran:
-    sampled: Sampled
+class _Ran(Generic[ResultT]):
+    sampled: ResultT
     began_s: float
     ended_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class _InFlight(Generic[StepT]):
+class _InFlight(Generic[StepT, ResultT]):
     step: StepT
-    ran: asyncio.Future[_Ran]
+    ran: asyncio.Future[_Ran[ResultT]]
     # Whether there was nothing that it could have followed without a gap.
     is_first: bool
 
 
-class Pipeline(Generic[StepT]):
+class Pipeline(Generic[StepT, ResultT]):
     """``schedule`` gives the next step, or None; ``plan`` makes its launch; ``land`` gets a step
     with what it sampled or what it failed with, in the order of ``schedule``, and may not raise."""
 
@@ -74,8 +75,8 @@ class Pipeline(Generic[StepT]):
         meter: WorkerMeter,
         *,
         schedule: Callable[[], StepT | None],
-        plan: Callable[[StepT], Launch],
-        land: Callable[[StepT, Sampled | Exception], None],
+        plan: Callable[[StepT], Planned[ResultT]],
+        land: Callable[[StepT, ResultT | Exception], None],
     ) -> None:
         """``executor`` has one thread; ``kind`` is the steps' name in the metrics."""
         self._kind = kind
@@ -87,7 +88,7 @@ class Pipeline(Generic[StepT]):
         self._plan = plan
         self._land = land
         self._wakeup = Wakeup()
-        self._in_flight: deque[_InFlight[StepT]] = deque()
+        self._in_flight: deque[_InFlight[StepT, ResultT]] = deque()
         self._ended_s = 0.0
         self._is_idle = True
 
@@ -122,8 +123,8 @@ class Pipeline(Generic[StepT]):
             self._in_flight.append(_InFlight(step, ran, self._is_idle))
             self._is_idle = False
 
-    def _launch(self, step: StepT) -> asyncio.Future[_Ran]:
-        ran: Future[_Ran] = Future()
+    def _launch(self, step: StepT) -> asyncio.Future[_Ran[ResultT]]:
+        ran: Future[_Ran[ResultT]] = Future()
         # Not to be cancelled: somebody waits until it has run.
         ran.set_running_or_notify_cancel()
         try:
@@ -132,7 +133,7 @@ class Pipeline(Generic[StepT]):
             ran.set_exception(error)
         return asyncio.wrap_future(ran)
 
-    def _start(self, launch: Launch, ran: Future[_Ran]) -> None:
+    def _start(self, launch: Planned[ResultT], ran: Future[_Ran[ResultT]]) -> None:
         """On the engine's thread."""
         began_s = self._clock.monotonic_s()
         try:
@@ -145,7 +146,9 @@ class Pipeline(Generic[StepT]):
         else:
             self._finish(started, began_s, ran)
 
-    def _finish(self, started: Started, began_s: float, ran: Future[_Ran]) -> None:
+    def _finish(
+        self, started: Running[ResultT], began_s: float, ran: Future[_Ran[ResultT]]
+    ) -> None:
         try:
             sampled = started.sampled()
         except Exception as error:
@@ -153,7 +156,7 @@ class Pipeline(Generic[StepT]):
         else:
             ran.set_result(_Ran(sampled, began_s, self._clock.monotonic_s()))
 
-    def _take(self, launched: _InFlight[StepT]) -> None:
+    def _take(self, launched: _InFlight[StepT, ResultT]) -> None:
         try:
             ran = launched.ran.result()
         except Exception as error:

@@ -17,8 +17,17 @@ _TRACK_INTERVALS = 4
 _EVICTION = ("value", "lru")
 
 
-def reuse_of(section: CacheSection, model: Model, grid: int, weights: str, layout: str) -> Reuse:
-    """Raises ConfigError that says what to set instead."""
+def reuse_of(
+    section: CacheSection,
+    model: Model,
+    grid: int,
+    weights: str,
+    layout: str,
+    *,
+    draft_tokens: int = 0,
+) -> Reuse:
+    """draft_tokens: most guesses that one step accepts. Raises ConfigError that says what to set
+    instead."""
     if not section.enabled:
         return NO_REUSE
     if section.eviction not in _EVICTION:
@@ -38,7 +47,7 @@ def reuse_of(section: CacheSection, model: Model, grid: int, weights: str, layou
             strategy=section.state_strategy,
             grid=grid,
             interval=section.track_interval_tokens or _TRACK_INTERVALS * grid,
-            draft_tokens=0,
+            draft_tokens=draft_tokens,
             d_conv=model.state_geometry.d_conv,
             page_tokens=grid if model.kv_geometry.num_layers else None,
         ),

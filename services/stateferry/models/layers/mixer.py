@@ -46,13 +46,13 @@ class MixerCore:
     ) -> torch.Tensor:
         """z (num_rows, d_inner), xBC (num_rows, conv_dim), dt (num_rows, nheads) ->
         (num_rows, d_inner), valid until the next mixer runs. Mutates the layer's state."""
-        state, norm = step.caches.states[self.index], self.norm
+        norm = self.norm
         rows = step.mixer_rows(self.sizes, xBC.dtype)
-        step.conv(xBC, self.conv, state, rows)
+        step.conv(xBC, self.conv, self.index, rows)
         if norm is None:
-            step.ssm(rows, dt, self.ssm, state, z.view(rows.y_heads.shape))
+            step.ssm(rows, dt, self.ssm, self.index, z.view(rows.y_heads.shape))
             return rows.y
-        step.ssm(rows, dt, self.ssm, state, None)
+        step.ssm(rows, dt, self.ssm, self.index, None)
         return norm.apply(rows.y, z, norm.weight, norm.eps, norm.group_size)
 
 
