@@ -218,20 +218,23 @@ class Cast(Protocol):
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
 
+StepPlan = DecodePlan | VerifyPlan
+
+
 class Tape(Protocol):
-    """A decode step's operations, to be run again on other plans of as many rows."""
+    """A step's operations, to be run again on other plans of the kind and of as many rows."""
 
     @property
     def num_bytes(self) -> int: ...
 
-    def replay(self, plan: DecodePlan, kv_plan: KvPlan) -> None: ...
+    def replay(self, plan: StepPlan, kv_plan: KvPlan) -> None: ...
 
 
 class Recorder(Protocol):
     """Records one step, which must use the recorder's ``plan`` and ``kv_plan``. No tape comes of a
     step that computes anything outside of these operations."""
 
-    plan: DecodePlan
+    plan: StepPlan
     kv_plan: KvPlan
 
     def record(self, run: Callable[[], Result]) -> tuple[Result, Tape | None]: ...
@@ -240,10 +243,11 @@ class Recorder(Protocol):
 class MakeRecorder(Protocol):
     def __call__(
         self,
-        plan: DecodePlan,
+        plan: StepPlan,
         kv_plan: KvPlan,
         states: Sequence[LayerState],
         kv: Sequence[KvLayer],
+        drafts: Sequence[DraftRows] = (),
     ) -> Recorder: ...
 
 

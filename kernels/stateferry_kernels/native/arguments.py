@@ -232,6 +232,16 @@ def refill_decode(recorded: DecodePlan, plan: DecodePlan) -> None:
         column[:] = array("q", numbers)
 
 
+def refill_verify(recorded: VerifyPlan, plan: VerifyPlan) -> None:
+    """Likewise, of a verification of as many rows, in whatever drafts."""
+    if recorded.num_rows != plan.num_rows:
+        raise ValueError(f"{plan.num_rows} rows, {recorded.num_rows} were recorded")
+    struct = verify_struct(recorded)
+    ctypes.pointer(struct)[0] = verify_struct(plan)
+    # What it points to now has to live as long as it may be looked at.
+    recorded.cache[_KEY] = (struct, plan.cache[_KEY][1])
+
+
 def commit_struct(plan: CommitPlan) -> CommitPlanStruct:
     """Which tails are folded into which slots."""
 

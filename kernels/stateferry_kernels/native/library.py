@@ -50,7 +50,7 @@ _KV_LAYER, _KV_PLAN = _PLAN(structs.KvLayerStruct), _PLAN(structs.KvPlanStruct)
 _VERIFY, _ACCEPT = _PLAN(structs.VerifyPlanStruct), _PLAN(structs.AcceptPlanStruct)
 
 # The library's own count, sf_abi(): a build of older source takes other structs.
-ABI = 4
+ABI = 5
 
 _SIGNATURES: dict[str, list[Any]] = {
     "sf_abi": [],

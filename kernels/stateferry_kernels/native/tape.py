@@ -1,4 +1,5 @@
-"""A decode step's calls into the library, recorded once and made again by one call.
+"""A step's calls into the library, recorded once and made again by one call: a decode step's, or a
+verification's.
 
 A model's layers make the same calls in every step of as many rows: what differs lies behind the
 plans. So the calls are noted while a step runs as usual, with whatever memory they touch, and the
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from struct import Struct
 from typing import Any, TypeVar
 
@@ -21,23 +23,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stateferry_kernels.attention.cpu_ops import refill_kv_plan
-from stateferry_kernels.guards import check_decode_plan, check_kv_plan
+from stateferry_kernels.draft_plans import VerifyPlan
+from stateferry_kernels.guards import check_decode_plan, check_kv_plan, check_verify_plan
 from stateferry_kernels.kv_layer import KvLayer, KvPlan
-from stateferry_kernels.layer_state import LayerState
-from stateferry_kernels.native.arguments import refill_decode
+from stateferry_kernels.layer_state import DraftRows, LayerState
+from stateferry_kernels.native.arguments import refill_decode, refill_verify
 from stateferry_kernels.native.library import Native, native
 from stateferry_kernels.plans import DecodePlan
 
 _Result = TypeVar("_Result")
+StepPlan = DecodePlan | VerifyPlan
 
 # As native/src/packed_abi.h counts them.
 _KINDS = {
     name: kind
     for kind, name in enumerate(
-        "linear norm add_norm activation rotary cast attention conv_row decode_row".split()
+        "linear norm add_norm activation rotary cast attention conv_row decode_row conv_verify "
+        "verify".split()
     )
 }
-_CALL = Struct("5q")
+_MOST_ARGUMENTS = 5
+_CALL = Struct(f"{1 + _MOST_ARGUMENTS}q")
 
 # What makes a tensor without computing: memory, and other views of it.
 _HARMLESS = frozenset(
@@ -51,18 +57,27 @@ class Tape:
 
     def __init__(self, recorder: Recorder, calls: bytes, alive: list[Any], num_bytes: int) -> None:
         self._plan, self._kv_plan = recorder.plan, recorder.kv_plan
-        self._states, self._kv = recorder.states, recorder.kv
+        self._states, self._kv, self._drafts = recorder.states, recorder.kv, recorder.drafts
         self._calls, self._alive = calls, alive
         self.num_bytes = num_bytes  # of the tensors in between
 
-    def replay(self, plan: DecodePlan, kv_plan: KvPlan) -> None:
-        """Make the calls again, for other sequences, as many as before. Raises ValueError on plans
-        that do not fit the pools."""
-        for state in self._states:
-            check_decode_plan(plan, state)
+    def replay(self, plan: StepPlan, kv_plan: KvPlan) -> None:
+        """Make the calls again, for other sequences, in as many rows as before. Raises ValueError
+        on plans that do not fit the pools."""
+        for state, drafts in zip(self._states, self._drafts, strict=True):
+            if isinstance(plan, DecodePlan):
+                check_decode_plan(plan, state)
+            else:
+                assert drafts is not None
+                check_verify_plan(plan, state, drafts)
         for layer in self._kv:
             check_kv_plan(kv_plan, layer)
-        refill_decode(self._plan, plan)
+        if isinstance(plan, DecodePlan):
+            assert isinstance(self._plan, DecodePlan)
+            refill_decode(self._plan, plan)
+        else:
+            assert isinstance(self._plan, VerifyPlan)
+            refill_verify(self._plan, plan)
         if self._kv:
             refill_kv_plan(self._kv_plan, kv_plan)
         count = len(self._calls) // _CALL.size
@@ -75,16 +90,22 @@ class Recorder:
 
     def __init__(
         self,
-        plan: DecodePlan,
+        plan: StepPlan,
         kv_plan: KvPlan,
         states: Sequence[LayerState],
         kv: Sequence[KvLayer],
+        drafts: Sequence[DraftRows] = (),
     ) -> None:
-        self.plan = replace(plan, cache={})
+        """drafts: where a verification's rows go, by layer."""
+        self.plan: StepPlan = replace(plan, cache={})
         self.kv_plan = replace(kv_plan, cache={})
         # Layers whose pools are of one size check a plan alike.
-        sizes = {(s.grid, s.ssm_state.shape[0], s.tail_dt.shape[0]): s for s in states}
-        self.states = tuple(sizes.values())
+        sizes = {
+            (s.grid, s.ssm_state.shape[0], s.tail_dt.shape[0]): (s, rows)
+            for s, rows in zip_longest(states, drafts)
+        }
+        self.states = tuple(state for state, _ in sizes.values())
+        self.drafts = tuple(rows for _, rows in sizes.values())
         pages = {(layer.keys.shape[0], layer.page_tokens): layer for layer in kv}
         self.kv = tuple(pages.values())
 
@@ -103,7 +124,9 @@ class Recorder:
             given = arguments[:-1]  # without the number of threads
             alive.append(given)
             addresses = [_address(argument) for argument in given]
-            calls.append(_CALL.pack(_KINDS[name], *addresses, *[0] * (4 - len(given))))
+            calls.append(
+                _CALL.pack(_KINDS[name], *addresses, *[0] * (_MOST_ARGUMENTS - len(given)))
+            )
 
         watch = _Torch()
         with _calls_noticed(native(), notice), _Addresses(alive), watch:

@@ -93,8 +93,9 @@ class LanguageModel:
         Returns logits (num_rows, vocab_size) fp32. Writes draft rows, and keys and values behind
         the sequences' ends; nothing that counts before ``accept``.
         """
-        step = Step.verify(self.kernels, token_ids, plan, kv_plan, caches)
-        return self.logits(self._hidden(*self._stack(self._embed(token_ids), step)))
+        embedded = self._embed(token_ids)
+        stacked = self.recorded.run(self._stack, self.kernels, embedded, plan, kv_plan, caches)
+        return self.logits(self._hidden(*stacked))
 
     def accept(self, plan: AcceptPlan, caches: LayerCaches) -> None:
         """Append accepted rows to their tails, on every Mamba-2 layer, and commit what is full."""

@@ -33,7 +33,7 @@ void with_types(int64_t activation, int64_t state, const Run& run) {
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts up with every change of a signature or of a struct in abi.h, packed_abi.h or step.h.
-SF_EXPORT int64_t sf_abi() { return 4; }
+SF_EXPORT int64_t sf_abi() { return 5; }
 
 SF_EXPORT void sf_chunk_scan(const sf_layer* layer, const sf_params* params,
                              const sf_extend_plan* plan, const sf_rows* rows, int64_t threads) {
@@ -182,6 +182,12 @@ bool replay(const sf_call& call, int64_t threads) {
         break;
     case SF_CALL_DECODE_ROW:
         sf_decode_row(argument(0), argument(1), argument(2), argument(3), threads);
+        break;
+    case SF_CALL_CONV_VERIFY:
+        sf_conv_verify(argument(0), argument(1), argument(2), argument(3), argument(4), threads);
+        break;
+    case SF_CALL_VERIFY:
+        sf_verify(argument(0), argument(1), argument(2), argument(3), argument(4), threads);
         break;
     default: return false;
     }

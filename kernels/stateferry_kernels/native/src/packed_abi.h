@@ -107,9 +107,11 @@ enum {
     SF_CALL_CAST,
     SF_CALL_ATTENTION,
     SF_CALL_CONV_ROW,
-    SF_CALL_DECODE_ROW
+    SF_CALL_DECODE_ROW,
+    SF_CALL_CONV_VERIFY,
+    SF_CALL_VERIFY
 };
 struct sf_call {
     int64_t kind;
-    const void* arguments[4];
+    const void* arguments[5];
 };
