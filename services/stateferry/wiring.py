@@ -13,18 +13,21 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
 import stateferry
 from stateferry.bundled import bundled_model_dir
-from stateferry.config import Config, ModelSection
+from stateferry.config import NO_SPECULATION, Config, ModelSection
 from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import ConfigError, ModelError
 from stateferry.core.ids import Role
+from stateferry.drafting.speculator import Speculator
 from stateferry.models.hub import hub_directory, is_hub_id
 from stateferry.telemetry.cache_metrics import CacheCollector
+from stateferry.telemetry.draft_metrics import DraftCollector, DraftTotals
 from stateferry.telemetry.exporter import start_exporter
 from stateferry.telemetry.logs import configure_logging
 from stateferry.telemetry.metrics import WorkerMetrics, new_registry, set_build_info
@@ -100,8 +103,10 @@ def _worker(role: Role, config: Config) -> ProcessMain:
     cluster_key = ClusterKey(config.cluster.key.encode())
     model_dir = model_directory(config.model)
 
-    # A prefill worker takes no decode step that a graph could be for.
-    graphs = config.worker.decode_graphs if role is Role.DECODE else "off"
+    # A prefill worker takes no decode step that a graph or a draft could be for.
+    decodes = role is Role.DECODE
+    graphs = config.worker.decode_graphs if decodes else "off"
+    speculation = config.speculation if decodes else NO_SPECULATION
 
     async def main(announce: Announce, stop: asyncio.Event) -> None:
         parts = await asyncio.to_thread(
@@ -111,6 +116,7 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             replace(config.worker, decode_graphs=graphs),
             config.cache,
             _log_progress(model_dir),
+            speculation,
         )
         check_handoff_fits(parts.cache.pools, parts.limits, config.transfer)
         registry = new_registry()
@@ -130,6 +136,8 @@ def _worker(role: Role, config: Config) -> ProcessMain:
                 },
             )
         )
+        if parts.speculator is not None:
+            registry.register(DraftCollector(partial(_draft_totals, parts.speculator)))
         exporter = start_exporter(registry, config.worker.host, config.worker.metrics_port)
         host = WorkerHost(
             worker_id=config.worker.id or f"{role.value}-{socket.gethostname()}-{os.getpid()}",
@@ -154,6 +162,10 @@ def _worker(role: Role, config: Config) -> ProcessMain:
             exporter.close()
 
     return main
+
+
+def _draft_totals(speculator: Speculator) -> DraftTotals:
+    return DraftTotals(**asdict(speculator.counts), most_guesses=speculator.most_guesses)
 
 
 def _log_progress(model_dir: Path) -> Callable[[int, int], None]:

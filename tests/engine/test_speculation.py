@@ -208,7 +208,7 @@ def test_at_random(
     model_dir: Path, cases: list[tuple[GenerationRequest, Output]], together: bool
 ) -> None:
     counts = check(model_dir, cases, at_random, together=together).counts
-    assert len(counts.by_accepted) > 5
+    assert sum(count > 0 for count in counts.by_accepted.values()) > 5
 
 
 def test_what_was_accepted_is_cached(

@@ -49,7 +49,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "grpc torch",
     ),
     "decode": (
-        f"core config api telemetry v1 cache engine scheduler transfer worker {KERNELS}",
+        f"core config api telemetry v1 cache drafting engine scheduler transfer worker {KERNELS}",
         "grpc torch",
     ),
     # The one-process engine.
@@ -62,7 +62,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "demo": ("core config client local v1", "grpc rich"),
     "cli": ("core config config_docs client local demo wiring v1", "grpc google rich typer"),
     "wiring": (
-        "core config bundled router worker prefill decode telemetry transfer models api",
+        "core config bundled drafting router worker prefill decode telemetry transfer models api",
         "uvloop",
     ),
     "__main__": ("cli", ""),

@@ -11,17 +11,18 @@ _MOST_SURPRISE = 3.0
 # What is thought of a row beside others before any was seen, in steps without a draft.
 _ROW_COST = 0.08
 _FIRST_ROW_COST = 1.05
-# Steps that the thought counts for.
+# Steps that the thought counts for at first.
 _THOUGHT_WEIGHT = 2.0
 
 
 class StepCost:
-    """Seconds of a verification by its number of rows, and of a step without drafts by its number
-    of sequences; learnt from those that ran."""
+    """Seconds of a verification by its number of rows, and of a step without drafts, for each
+    number of sequences; learnt from those that ran."""
 
     def __init__(self) -> None:
         self._plain: dict[int, float] = {}
-        self._sums = [0.0] * 5  # of weight, rows, seconds, rows * rows, rows * seconds
+        # By number of sequences: of weight, rows, seconds, rows * rows, rows * seconds.
+        self._sums: dict[int, list[float]] = {}
 
     def plain_ran(self, sequences: int, seconds: float) -> None:
         """A step without drafts has ended."""
@@ -36,20 +37,23 @@ class StepCost:
         """A verification has ended."""
         seconds = min(seconds, _MOST_SURPRISE * self.verify(sequences, rows))
         added = (1.0, float(rows), seconds, float(rows * rows), rows * seconds)
-        self._sums = [_FADE * old + new for old, new in zip(self._sums, added, strict=True)]
+        sums = self._sums.get(sequences, [0.0] * len(added))
+        self._sums[sequences] = [_FADE * old + new for old, new in zip(sums, added, strict=True)]
 
     def plain(self, sequences: int) -> float | None:
         """None before such a step ran."""
         return self._plain.get(sequences)
 
     def verify(self, sequences: int, rows: int) -> float:
-        """A line through what was seen, and through what is thought as long as that is little."""
+        """By a line through what was seen, and through what is thought as long as that is
+        little."""
         plain = self._plain.get(sequences, 1.0)
-        sums = list(self._sums)
+        sums = list(self._sums.get(sequences, [0.0] * 5))
+        believed = _THOUGHT_WEIGHT / (1.0 + sums[0])
         for at in (sequences, sequences + 8):
-            thought = plain * (_FIRST_ROW_COST + _ROW_COST * (at - sequences))
+            thought = plain * (_FIRST_ROW_COST + _ROW_COST * (at - sequences) / sequences**0.5)
             added = (1.0, float(at), thought, float(at * at), at * thought)
-            sums = [s + _THOUGHT_WEIGHT * a for s, a in zip(sums, added, strict=True)]
+            sums = [s + believed * a for s, a in zip(sums, added, strict=True)]
         weight, x, y, xx, xy = sums
         spread = weight * xx - x * x
         slope = max(0.0, (weight * xy - x * y) / spread) if spread > 0 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,12 +43,14 @@ class Speculating:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """Monotonic totals: drafted and accepted guesses, verifications, and of how many of a
-    sequence's verifications so many guesses were accepted."""
+    """Monotonic totals: drafted and accepted guesses, verifications and their seconds, seconds of
+    guessing, and of how many drafts so many guesses were accepted."""
 
     drafted: int = 0
     accepted: int = 0
     verifications: int = 0
+    verify_s: float = 0.0
+    draft_s: float = 0.0
     by_accepted: dict[int, int] = field(default_factory=dict)
 
 
@@ -73,14 +76,14 @@ class Speculator:
     ) -> None:
         """most_guesses: of one sequence in one step. make: a drafter, given a sequence's tokens.
         pays: how many of the guesses are worth it."""
-        self._most_guesses = most_guesses
+        self.most_guesses = most_guesses
         self._make = make
         self._pays = pays
         self._histories: dict[str, Sequence[int]] = {}
         self._sequences: dict[str, _Sequence] = {}
         self._trust = Trust(first=_FIRST_TRUST)
         self.cost = StepCost()
-        self.counts = DraftCounts()
+        self.counts = DraftCounts(by_accepted=dict.fromkeys(range(most_guesses + 1), 0))
 
     def begin(self, request_id: str, token_ids: Sequence[int]) -> None:
         """A sequence has consumed these tokens, as far as they are known here."""
@@ -93,6 +96,12 @@ class Speculator:
 
     def drafts(self, rows: Sequence[Speculating]) -> list[DraftTree] | None:
         """What to verify, of each row; None where a step without drafts is worth more."""
+        began_s = time.perf_counter()
+        drafts = self._drafts(rows)
+        self.counts.draft_s += time.perf_counter() - began_s
+        return drafts
+
+    def _drafts(self, rows: Sequence[Speculating]) -> list[DraftTree] | None:
         for row in rows:
             if row.request_id not in self._sequences:
                 # As late as this: who ends with token 0 needs no drafter.
@@ -103,7 +112,7 @@ class Speculator:
         for row in rows:
             sequence = self._sequences[row.request_id]
             sequence.level = _level(sequence.drafter.match_length)
-            sequence.draft = sequence.drafter.propose(min(row.most, self._most_guesses))
+            sequence.draft = sequence.drafter.propose(min(row.most, self.most_guesses))
             proposed.append(sequence)
         trusts = [sequence.trust.of(sequence.level) for sequence in proposed]
         most = [len(sequence.draft) for sequence in proposed]
@@ -120,8 +129,10 @@ class Speculator:
         if sequence is None:
             # It ended while the step ran.
             return
+        began_s = time.perf_counter()
         for token_id in token_ids:
             sequence.drafter.observe(token_id)
+        self.counts.draft_s += time.perf_counter() - began_s
         guessed, sequence.draft = len(sequence.draft), NO_DRAFT
         if not guessed or not token_ids:
             return
@@ -130,7 +141,7 @@ class Speculator:
         counts = self.counts
         counts.drafted += guessed
         counts.accepted += accepted
-        counts.by_accepted[accepted] = counts.by_accepted.get(accepted, 0) + 1
+        counts.by_accepted[accepted] += 1
 
     def plain_ran(self, sequences: int, seconds: float) -> None:
         """A step without drafts took so long."""
@@ -139,6 +150,7 @@ class Speculator:
     def verify_ran(self, sequences: int, rows: int, seconds: float) -> None:
         """A verification took so long."""
         self.counts.verifications += 1
+        self.counts.verify_s += seconds
         self.cost.verify_ran(sequences, rows, seconds)
 
 

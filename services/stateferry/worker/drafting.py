@@ -23,6 +23,11 @@ def most_guesses(section: SpeculationSection, grid: int) -> int:
     return section.draft_tokens
 
 
+def draft_rows(guesses: int) -> int:
+    """Rows of one sequence in a verification: the token that the guesses follow is one."""
+    return 1 + guesses if guesses else 0
+
+
 def speculator(section: SpeculationSection, grid: int) -> Speculator | None:
     """None without speculation. Raises ConfigError."""
     most = most_guesses(section, grid)

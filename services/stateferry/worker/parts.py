@@ -41,7 +41,7 @@ from stateferry.guided.compiler import GuideCompiler
 from stateferry.models.model import Model
 from stateferry.models.registry import load_model
 from stateferry.worker.device import pick_device, steps_in_flight, wants_graphs
-from stateferry.worker.drafting import most_guesses, speculator
+from stateferry.worker.drafting import draft_rows, most_guesses, speculator
 from stateferry.worker.limits import ModelLimits
 from stateferry.worker.memory import automatic_budget_bytes, automatic_cache_bytes
 from stateferry.worker.reuse import reuse_of
@@ -93,24 +93,14 @@ def build_engine(
     grid = model.grid_tokens or loaded.chunk_size
     weights = weights_fingerprint(model_dir)
     layout = layout_fingerprint(
-        loaded.state_geometry,
-        loaded.kv_geometry,
-        grid=grid,
-        page_tokens=grid,
-        dtype=dtype,
+        loaded.state_geometry, loaded.kv_geometry, grid=grid, page_tokens=grid, dtype=dtype
     )
     guesses = most_guesses(speculation, grid)
     reuse = reuse_of(cached, loaded, grid, weights, layout, draft_tokens=guesses)
-    draft_rows = 1 + guesses if guesses else 0
-    sizes = _sizes(loaded, model, worker, cached, grid, device, draft_rows)
+    sizes = _sizes(loaded, model, worker, cached, grid, device, draft_rows(guesses))
     _report(sizes)
     pools = build_pools(
-        loaded.state_geometry,
-        loaded.kv_geometry,
-        sizes,
-        grid=grid,
-        dtype=dtype,
-        device=device,
+        loaded.state_geometry, loaded.kv_geometry, sizes, grid=grid, dtype=dtype, device=device
     )
     graphs = wants_graphs(worker, device, kernels)
     runner = ModelRunner(
@@ -118,7 +108,7 @@ def build_engine(
         pools,
         device,
         graphs_up_to_tokens=model.max_context_tokens if graphs else 0,
-        drafts=Drafts(sizes.sequences, draft_rows) if draft_rows else None,
+        drafts=Drafts(sizes.sequences, draft_rows(guesses)) if guesses else None,
     )
     cache = StateCache(pools, sizes, reuse)
     if runner.graphs is not None:
@@ -141,7 +131,8 @@ def build_engine(
         limits=ModelLimits(loaded.vocab_size, model.max_context_tokens),
         rules=_rules(model_dir, loaded.vocab_size),
         kernels=kernels.name,
-        steps_in_flight=in_flight,
+        # What a verification will accept is known when it is over.
+        steps_in_flight=1 if guesses else in_flight,
         speculator=speculator(speculation, grid),
     )
 
