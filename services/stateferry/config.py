@@ -208,6 +208,17 @@ class CacheSection:
         "where the cache is on a GPU; on a CPU the same bytes do more in memory_bytes. 0: none.",
         least=0,
     )
+    session_share: float = setting(
+        0.5,
+        "Most of the memory for sequences and cache, as a share, that the last turns of sessions "
+        "may have so that other cached state is evicted first. Who needs memory to run gets it all "
+        "the same.",
+        least=0,
+        most=1,
+    )
+    session_ttl_s: float = setting(
+        600.0, "How long a turn of a session is kept so, from its end, seconds.", least=0
+    )
     state_strategy: str = setting(
         "extra_buffer",
         "What a decoding sequence leaves: extra_buffer (tracked states and its end), no_buffer "
@@ -232,6 +243,12 @@ class SpeculationSection:
     )
     draft_tokens: int = setting(
         12, "Most guesses for one sequence in one step; less than a grid interval.", least=1
+    )
+    draft_paths: int = setting(
+        1,
+        "Most continuations of one draft: more than one make it a tree.",
+        least=1,
+        most=16,
     )
 
 

@@ -17,7 +17,7 @@ from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import Penalties, StopConditions
 from stateferry.drafting.payoff import StepCost
 from stateferry.drafting.speculator import Drafter, Speculator
-from stateferry.drafting.tree import DraftTree, chain
+from stateferry.drafting.tree import DraftTree, chain, merged
 from stateferry.worker.parts import EngineParts
 from support.local_engine import NO_CACHE, local_engine
 from support.random_requests import random_requests
@@ -80,6 +80,15 @@ def at_random(whole: Sequence[int], position: int, most: int) -> DraftTree:
     return wrong_at(rng.randrange(most + 3), whole, position, rng.randrange(most + 1))
 
 
+def branches(whole: Sequence[int], position: int, most: int) -> DraftTree:
+    """Three ways to go on, of which one is right for a while: the first, the second or the last."""
+    rng = random.Random(position)
+    known = list(whole[position : position + rng.randrange(1, 6)])
+    ways = [[_other(_other(token)) for token in known[:2]], [*known, 3], [*map(_other, known[:3])]]
+    rng.shuffle(ways)
+    return merged(ways, most)
+
+
 def _other(token_id: int) -> int:
     return 3 + (token_id + 1) % 250
 
@@ -98,7 +107,7 @@ def full_drafts(guess: Guess, known: Sequence[Sequence[int]]) -> Speculator:
 def engine(
     model_dir: Path, speculator: Speculator | None, cache: CacheSection = NO_CACHE, seats: int = 8
 ) -> tuple[ColocatedEngine, EngineParts]:
-    settings = SpeculationSection(drafter="ngram", draft_tokens=GUESSES)
+    settings = SpeculationSection(drafter="ngram", draft_tokens=GUESSES, draft_paths=3)
     _, parts = local_engine(
         model_dir,
         max_requests=seats,
@@ -209,6 +218,22 @@ def test_at_random(
 ) -> None:
     counts = check(model_dir, cases, at_random, together=together).counts
     assert sum(count > 0 for count in counts.by_accepted.values()) > 5
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_trees(
+    model_dir: Path, cases: list[tuple[GenerationRequest, Output]], together: bool
+) -> None:
+    counts = check(model_dir, cases, branches, together=together).counts
+    assert counts.by_accepted[1] > 20 and counts.by_accepted[4] > 10
+
+
+def test_trees_with_a_cache(model_dir: Path, cases: list[tuple[GenerationRequest, Output]]) -> None:
+    """Whose places for keys and values were copied back, and are read by others later."""
+    doubled = [*cases, *((replace(r, request_id=f"{r.request_id}+"), o) for r, o in cases)]
+    cache = CacheSection(track_interval_tokens=CHUNK)
+    for together in (False, True):
+        check(model_dir, doubled, branches, together=together, cache=cache)
 
 
 def test_what_was_accepted_is_cached(

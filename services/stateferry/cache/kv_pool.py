@@ -25,13 +25,16 @@ class KvPool:
         page_tokens: int,
         dtype: torch.dtype,
         num_pages: int,
+        num_draft_pages: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        """num_draft_pages: more of them, which no sequence leases."""
         self.geometry = geometry
         self.page_tokens = page_tokens
         self.num_pages = num_pages
-        # (num_pages, layers, keys or values, kv_heads, page_tokens, head_dim)
-        shape = (num_pages, *page_shape(geometry, page_tokens))
+        self.draft_pages = range(num_pages, num_pages + num_draft_pages)
+        # (all pages, layers, keys or values, kv_heads, page_tokens, head_dim)
+        shape = (num_pages + num_draft_pages, *page_shape(geometry, page_tokens))
         self._tensor = torch.empty(shape, dtype=dtype, device=device)
         self.layers = tuple(
             KvLayer(keys=self._tensor[:, layer, 0], values=self._tensor[:, layer, 1])

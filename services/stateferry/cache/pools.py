@@ -55,8 +55,10 @@ def build_pools(
     grid: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    draft_pages: int = 0,
 ) -> SequencePools:
-    """Allocate what ``sizes`` says. Raises ConfigError for a grid that the model cannot have."""
+    """Allocate what ``sizes`` says, and KV pages for drafts. Raises ConfigError for a grid that the
+    model cannot have."""
     return SequencePools(
         states=StatePool(
             state_geometry,
@@ -71,6 +73,7 @@ def build_pools(
             page_tokens=sizes.kv_page_tokens,
             dtype=dtype,
             num_pages=sizes.kv_pages,
+            num_draft_pages=draft_pages,
             device=device,
         ),
     )

@@ -44,12 +44,12 @@ def size_pools(
     # Pages as long as the grid: a snapshot then ends where a page ends.
     page_tokens = grid
     slot_bytes = _size_bytes(slot_parts(state_geometry, dtype))
-    tail_bytes = _size_bytes(tail_parts(state_geometry, grid, dtype))
-    page_bytes = math.prod(page_shape(kv_geometry, page_tokens)) * dtype.itemsize
+    tail_page_bytes = tail_bytes(state_geometry, grid, dtype)
+    kv_page_bytes = page_bytes(kv_geometry, page_tokens, dtype)
     full_pages = pages_for(kv_geometry, page_tokens, max_context_tokens)
-    sequence_bytes = SLOTS_PER_SEQUENCE * slot_bytes + TAIL_PAGES_PER_SEQUENCE * tail_bytes
+    sequence_bytes = SLOTS_PER_SEQUENCE * slot_bytes + TAIL_PAGES_PER_SEQUENCE * tail_page_bytes
     # Slot 0 is the zero state of everybody.
-    for_sequences = budget_bytes - slot_bytes - full_pages * page_bytes
+    for_sequences = budget_bytes - slot_bytes - full_pages * kv_page_bytes
     sequences = min(max_sequences, for_sequences // sequence_bytes)
     if sequences < 1:
         needed = budget_bytes - for_sequences + sequence_bytes
@@ -59,19 +59,24 @@ def size_pools(
             f"model.max_context_tokens = {max_context_tokens} takes",
         )
     kv_pages = sequences * full_pages
-    if page_bytes:
+    if kv_page_bytes:
         left = budget_bytes - slot_bytes - sequences * sequence_bytes
-        kv_pages = min(kv_pages, left // page_bytes)
-    left = budget_bytes - slot_bytes - sequences * sequence_bytes - kv_pages * page_bytes
+        kv_pages = min(kv_pages, left // kv_page_bytes)
+    left = budget_bytes - slot_bytes - sequences * sequence_bytes - kv_pages * kv_page_bytes
     for_cache = max(min(left, cache_bytes), 0)
-    kv_bytes = pages_for(kv_geometry, page_tokens, _STATES_PER_TAIL * tokens_per_state) * page_bytes
-    share_bytes = _STATES_PER_TAIL * slot_bytes + tail_bytes + kv_bytes
+    kv_bytes = (
+        pages_for(kv_geometry, page_tokens, _STATES_PER_TAIL * tokens_per_state) * kv_page_bytes
+    )
+    share_bytes = _STATES_PER_TAIL * slot_bytes + tail_page_bytes + kv_bytes
     # Parts of a share as well: at most a tail and a page too much, for which a state or so goes.
     states = _STATES_PER_TAIL * for_cache // share_bytes
     while True:
         tails = -(-states // _STATES_PER_TAIL)
         cached_pages = pages_for(kv_geometry, page_tokens, states * tokens_per_state)
-        if states * slot_bytes + tails * tail_bytes + cached_pages * page_bytes <= for_cache:
+        if (
+            states * slot_bytes + tails * tail_page_bytes + cached_pages * kv_page_bytes
+            <= for_cache
+        ):
             break
         states -= 1
     return PoolSizes(
@@ -81,14 +86,19 @@ def size_pools(
         kv_pages=kv_pages + cached_pages,
         kv_page_tokens=page_tokens,
         state_slot_bytes=slot_bytes,
-        tail_page_bytes=tail_bytes,
-        kv_page_bytes=page_bytes,
+        tail_page_bytes=tail_page_bytes,
+        kv_page_bytes=kv_page_bytes,
     )
 
 
 def tail_bytes(geometry: StateGeometry, rows: int, dtype: torch.dtype) -> int:
     """Bytes of so many rows of a tail, or of a draft, all layers."""
     return _size_bytes(tail_parts(geometry, rows, dtype))
+
+
+def page_bytes(geometry: KvGeometry, page_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one page of keys and values, all layers."""
+    return math.prod(page_shape(geometry, page_tokens)) * dtype.itemsize
 
 
 def _size_bytes(parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:

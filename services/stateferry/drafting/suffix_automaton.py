@@ -58,6 +58,16 @@ class SuffixAutomaton:
             return 0, 0
         return self._length[state], self._end[state]
 
+    def find_all(self, most: int) -> list[tuple[int, int]]:
+        """As ``find``, and the same for shorter suffixes that occurred elsewhere as well, the
+        longest first; at most ``most``."""
+        found: list[tuple[int, int]] = []
+        state = self._link[self._last]
+        while state > 0 and len(found) < most:
+            found.append((self._length[state], self._end[state]))
+            state = self._link[state]
+        return found
+
     def _split(self, state: int, token_id: int) -> int:
         """The state that ``state`` with ``token_id`` leads to, for runs of no more than that."""
         target = self._next[state][token_id]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from stateferry.cache.page_copy import PageCopy
 from stateferry.cache.pools import SequencePools
 from stateferry.core.errors import InvariantViolation
 from stateferry.engine.arriving import Arriving
+from stateferry.engine.draft_paths import PAGES_PER_PATH, DraftPaths, draft_paths
 from stateferry.engine.extend_logits import (
     keep_finals,
     known_final,
@@ -48,10 +49,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Drafts:
     """Room for drafts: of so many sequences at a time, of so many rows each, a sequence's last
-    token among them."""
+    token among them, and of trees with so many leaves."""
 
     sequences: int
     rows: int
+    paths: int = 1
+
+    @property
+    def kv_pages(self) -> int:
+        """That they take beside the sequences' own."""
+        return self.sequences * (self.paths - 1) * PAGES_PER_PATH
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +106,7 @@ class ModelRunner:
         self.caches = LayerCaches(
             states=pools.states.layers,
             kv=pools.kv.layers,
-            drafts=() if drafts is None else pools.states.draft_rows(*astuple(drafts)),
+            drafts=() if drafts is None else pools.states.draft_rows(drafts.sequences, drafts.rows),
         )
         self.graphs: DecodeGraphs | None = None
         if graphs_up_to_tokens:
@@ -137,7 +144,11 @@ class ModelRunner:
         if max(row.num_rows for row in batch.rows) > drafts.rows:
             raise InvariantViolation(f"a draft of more rows than there is room for: {drafts}")
         plan, kv_plan = batch.plan(self._grid), batch.kv_plan(self._page_tokens)
-        return Planned(partial(self._verify, batch, plan, kv_plan, batch.places()))
+        paths = None
+        if self.caches.kv:
+            pages = self._pools.kv.draft_pages
+            paths = draft_paths(batch, self._page_tokens, pages, drafts.paths)
+        return Planned(partial(self._verify, batch, plan, kv_plan, paths, batch.places()))
 
     @torch.inference_mode()
     def copy(self, copies: Iterable[PageCopy]) -> None:
@@ -195,11 +206,19 @@ class ModelRunner:
         batch: VerifyBatch,
         plan: VerifyPlan,
         kv_plan: KvPlan,
+        paths: DraftPaths | None,
         places: list[AcceptPlace],
     ) -> Over[list[Run]]:
         self._ahead = None
         token_ids = self._tokens(batch.token_ids())
-        runs = walk(self._model.verify(token_ids, plan, kv_plan, self.caches), batch)
+        tree_rows = None
+        if paths is not None:
+            tree_rows = paths.tree_rows
+            run_copies(self._pools, paths.before)
+        logits = self._model.verify(token_ids, plan, kv_plan, self.caches, tree_rows)
+        runs = walk(logits, batch)
+        if paths is not None:
+            run_copies(self._pools, paths.after(runs))
         accepted = accept_plan(places, runs, self._grid)
         if accepted is not None:
             self._model.accept(accepted, self.caches)

@@ -14,6 +14,7 @@ from stateferry.models.layers.block import Block
 from stateferry.models.layers.mixer import MixerCore
 from stateferry.models.recorded import RecordedSteps
 from stateferry.models.step import Step
+from stateferry.models.tree_rows import TreeRows
 from stateferry_kernels.device_tables import device_array
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.kv_layer import KvGeometry, KvPlan
@@ -85,16 +86,26 @@ class LanguageModel:
         return self.logits(self._hidden(*stacked))
 
     def verify(
-        self, token_ids: torch.Tensor, plan: VerifyPlan, kv_plan: KvPlan, caches: LayerCaches
+        self,
+        token_ids: torch.Tensor,
+        plan: VerifyPlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+        tree_rows: TreeRows | None = None,
     ) -> torch.Tensor:
         """Evaluate drafts: token_ids (plan.num_rows,) int64, each sequence's last token and what is
-        guessed to follow it.
+        guessed to follow it. A model with attention takes ``kv_plan`` where all are chains, else
+        ``tree_rows``.
 
         Returns logits (num_rows, vocab_size) fp32. Writes draft rows, and keys and values behind
         the sequences' ends; nothing that counts before ``accept``.
         """
         embedded = self._embed(token_ids)
-        stacked = self.recorded.run(self._stack, self.kernels, embedded, plan, kv_plan, caches)
+        if tree_rows is None:
+            stacked = self.recorded.run(self._stack, self.kernels, embedded, plan, kv_plan, caches)
+        else:
+            step = Step.verify(self.kernels, embedded, plan, kv_plan, caches, tree_rows)
+            stacked = self._stack(embedded, step)
         return self.logits(self._hidden(*stacked))
 
     def accept(self, plan: AcceptPlan, caches: LayerCaches) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from stateferry.models.caches import LayerCaches
+from stateferry.models.tree_rows import TreeRows
 from stateferry_kernels.draft_plans import AcceptPlan, VerifyPlan
 from stateferry_kernels.kv_layer import KvGeometry, KvPlan
 from stateferry_kernels.layer_state import StateGeometry
@@ -74,10 +75,16 @@ class Model(Protocol):
         ...
 
     def verify(
-        self, token_ids: torch.Tensor, plan: VerifyPlan, kv_plan: KvPlan, caches: LayerCaches
+        self,
+        token_ids: torch.Tensor,
+        plan: VerifyPlan,
+        kv_plan: KvPlan,
+        caches: LayerCaches,
+        tree_rows: TreeRows | None = None,
     ) -> torch.Tensor:
         """Evaluate drafts: token_ids (plan.num_rows,) int64, each sequence's last token and what is
-        guessed to follow it.
+        guessed to follow it. A model with attention takes ``kv_plan`` where all are chains, else
+        ``tree_rows``.
 
         Returns logits (num_rows, vocab_size) fp32. Writes draft rows, and keys and values behind
         the sequences' ends; nothing that counts before ``accept``.

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from stateferry.models.caches import LayerCaches
 from stateferry.models.sizes import AttentionSizes, MixerSizes
+from stateferry.models.tree_rows import TreeRows
+from stateferry_kernels.device_tables import device_array
 from stateferry_kernels.draft_plans import VerifyPlan
 from stateferry_kernels.kv_layer import KvPlan, row_positions
 from stateferry_kernels.layer_state import ConvParams, DraftRows, LayerState, SsmLayerParams
@@ -47,6 +50,24 @@ class Positions:
     end: int  # above all of them
 
 
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """TreeRows on the device."""
+
+    kv_plan: KvPlan
+    rows: torch.Tensor
+    first: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def on(cls, tree: TreeRows, device: torch.device) -> _Tree:
+        columns = (tree.rows, tree.first, tree.positions)
+        rows, first, positions = (
+            device_array(np.array(column, dtype=np.int64), device) for column in columns
+        )
+        return cls(tree.kv_plan, rows, first, positions)
+
+
 class Step:
     """One pass; ``conv`` and ``ssm`` are bound to its plan."""
 
@@ -67,6 +88,7 @@ class Step:
         self._conv = conv
         self._ssm = ssm
         self._drafts: tuple[DraftRows, ...] = ()
+        self._tree: _Tree | None = None
         self._mixer_rows: MixerRows | None = None
         self._attended: Attended | None = None
         self._positions: Positions | None = None
@@ -107,12 +129,16 @@ class Step:
         plan: VerifyPlan,
         kv_plan: KvPlan,
         caches: LayerCaches,
+        tree_rows: TreeRows | None = None,
     ) -> Step:
-        """A packed batch of drafts."""
+        """A packed batch of drafts; ``tree_rows`` where some are no chains and there is
+        attention."""
         conv = partial(kernels.causal_conv1d_verify, plan=plan)
         ssm = partial(kernels.verify, plan=plan)
         step = cls(kernels, token_ids, kv_plan, caches, conv, ssm)
         step._drafts = caches.drafts
+        if tree_rows is not None:
+            step._tree = _Tree.on(tree_rows, token_ids.device)
         return step
 
     def conv(self, xBC: torch.Tensor, conv: ConvParams, mixer: int, rows: MixerRows) -> None:
@@ -142,9 +168,35 @@ class Step:
     def positions(self) -> Positions:
         """Where the rows are in their sequences."""
         if self._positions is None:
-            rows = row_positions(self.kv_plan, self._device)
-            self._positions = Positions(rows, max(s.end for s in self.kv_plan.sequences))
+            if self._tree is None:
+                rows, kv_plan = row_positions(self.kv_plan, self._device), self.kv_plan
+            else:
+                rows, kv_plan = self._tree.positions, self._tree.kv_plan
+            self._positions = Positions(rows, max(s.end for s in kv_plan.sequences))
         return self._positions
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        layer: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of layer number ``layer`` among those that have it. Writes k and v into the
+        sequences' pages."""
+        attention, kv = self.kernels.attention, self.caches.kv[layer]
+        if self._tree is None:
+            attention(q, k, v, plan=self.kv_plan, kv=kv, scale=scale, out=out)
+            return
+        rows = self._tree.rows
+        of_paths = torch.empty((len(rows), *out.shape[1:]), dtype=out.dtype, device=out.device)
+        attention(
+            q[rows], k[rows], v[rows], plan=self._tree.kv_plan, kv=kv, scale=scale, out=of_paths
+        )
+        torch.index_select(of_paths, 0, self._tree.first, out=out)
 
     def mixer_rows(self, sizes: MixerSizes, dtype: torch.dtype) -> MixerRows:
         """Buffers that the next mixer may overwrite."""

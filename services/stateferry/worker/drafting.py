@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from stateferry.config import SpeculationSection
 from stateferry.core.errors import ConfigError
+from stateferry.drafting.ngram import NgramDrafter
 from stateferry.drafting.speculator import Speculator
+from stateferry.engine.runner import Drafts
 
 DRAFTERS = ("off", "ngram")
 
@@ -23,12 +27,16 @@ def most_guesses(section: SpeculationSection, grid: int) -> int:
     return section.draft_tokens
 
 
-def draft_rows(guesses: int) -> int:
-    """Rows of one sequence in a verification: the token that the guesses follow is one."""
-    return 1 + guesses if guesses else 0
+def room_for_drafts(section: SpeculationSection, grid: int, sequences: int) -> Drafts | None:
+    """Of so many sequences: the token that the guesses follow takes a row, too. None without
+    speculation. Raises ConfigError."""
+    guesses = most_guesses(section, grid)
+    return Drafts(sequences, 1 + guesses, section.draft_paths) if guesses else None
 
 
 def speculator(section: SpeculationSection, grid: int) -> Speculator | None:
     """None without speculation. Raises ConfigError."""
     most = most_guesses(section, grid)
-    return Speculator(most) if most else None
+    if not most:
+        return None
+    return Speculator(most, make=partial(NgramDrafter, paths=section.draft_paths))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from stateferry.cache.pools import build_pools, layout_fingerprint
-from stateferry.cache.sizing import size_pools, tail_bytes
+from stateferry.cache.sizing import page_bytes, size_pools, tail_bytes
 from stateferry.cache.state_cache import StateCache
 from stateferry.config import (
     AUTO_BYTES,
@@ -41,7 +41,7 @@ from stateferry.guided.compiler import GuideCompiler
 from stateferry.models.model import Model
 from stateferry.models.registry import load_model
 from stateferry.worker.device import pick_device, steps_in_flight, wants_graphs
-from stateferry.worker.drafting import draft_rows, most_guesses, speculator
+from stateferry.worker.drafting import most_guesses, room_for_drafts, speculator
 from stateferry.worker.limits import ModelLimits
 from stateferry.worker.memory import automatic_budget_bytes, automatic_cache_bytes
 from stateferry.worker.reuse import reuse_of
@@ -97,10 +97,19 @@ def build_engine(
     )
     guesses = most_guesses(speculation, grid)
     reuse = reuse_of(cached, loaded, grid, weights, layout, draft_tokens=guesses)
-    sizes = _sizes(loaded, model, worker, cached, grid, device, draft_rows(guesses))
+    sizes = _sizes(
+        loaded, model, worker, cached, grid, device, room_for_drafts(speculation, grid, 1)
+    )
     _report(sizes)
+    drafts = room_for_drafts(speculation, grid, sizes.sequences)
     pools = build_pools(
-        loaded.state_geometry, loaded.kv_geometry, sizes, grid=grid, dtype=dtype, device=device
+        loaded.state_geometry,
+        loaded.kv_geometry,
+        sizes,
+        grid=grid,
+        dtype=dtype,
+        device=device,
+        draft_pages=0 if drafts is None else drafts.kv_pages,
     )
     graphs = wants_graphs(worker, device, kernels)
     runner = ModelRunner(
@@ -108,7 +117,7 @@ def build_engine(
         pools,
         device,
         graphs_up_to_tokens=model.max_context_tokens if graphs else 0,
-        drafts=Drafts(sizes.sequences, draft_rows(guesses)) if guesses else None,
+        drafts=drafts,
     )
     cache = StateCache(pools, sizes, reuse)
     if runner.graphs is not None:
@@ -162,12 +171,18 @@ def _sizes(
     cached: CacheSection,
     grid: int,
     device: torch.device,
-    draft_rows: int,
+    draft: Drafts | None,
 ) -> PoolSizes:
+    """draft: of one sequence."""
     cache_bytes = cached.memory_bytes
     if cache_bytes == AUTO_BYTES:
         cache_bytes = automatic_cache_bytes(device)
-    draft_bytes = worker.max_requests * tail_bytes(loaded.state_geometry, draft_rows, loaded.dtype)
+    draft_bytes = 0
+    if draft is not None:
+        draft_bytes = worker.max_requests * (
+            tail_bytes(loaded.state_geometry, draft.rows, loaded.dtype)
+            + draft.kv_pages * page_bytes(loaded.kv_geometry, grid, loaded.dtype)
+        )
     return size_pools(
         loaded.state_geometry,
         loaded.kv_geometry,

@@ -37,15 +37,7 @@ class AttentionCore:
             turned = self.rotary.rotate(qk, step)
             q, k = turned.split_with_sizes([sizes.heads, sizes.kv_heads], 1)
         attended = step.attended(sizes, qkv.dtype)
-        step.kernels.attention(
-            q,
-            k,
-            v,
-            plan=step.kv_plan,
-            kv=step.caches.kv[self.index],
-            scale=sizes.scale,
-            out=attended.heads,
-        )
+        step.attend(q, k, v, layer=self.index, scale=sizes.scale, out=attended.heads)
         return attended.rows
 
 
