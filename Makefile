@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers bench-cache golden gpu-report clean
+.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers bench-cache bench-spec golden gpu-report clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -114,6 +114,9 @@ bench-peers: $(DEV) ## Against transformers, vLLM, llama.cpp; ARGS="--llama DIR 
 
 bench-cache: $(BENCH) ## The prefix cache against others' policies; ARGS="--trace FILE --quick"
 	@PYTHONPATH=tests $(RUN) -m bench.cache $(ARGS)
+
+bench-spec: $(BENCH) ## Decoding with drafts against decoding without; ARGS="--model DIR --text FILE --quick"
+	@PYTHONPATH=tests $(RUN) -m bench.spec $(ARGS)
 
 # A GPU host has a python with torch of its own.
 GPU_PYTHON ?= python3

@@ -21,13 +21,22 @@ def test_trees() -> None:
 
 
 def test_ngram_says_what_followed() -> None:
-    drafter = NgramDrafter((1, 2, 3, 4, 5, 1, 2))
-    assert drafter.match_length == 2
-    assert drafter.propose(3) == chain((3, 4, 5))
-    drafter.observe(3)
-    assert drafter.match_length == 3 and drafter.propose(2) == chain((4, 5))
+    drafter = NgramDrafter((1, 2, 3, 4, 5, 6, 1, 2, 3))
+    assert drafter.match_length == 3
+    assert drafter.propose(3) == chain((4, 5, 6))
+    drafter.observe(4)
+    assert drafter.match_length == 4 and drafter.propose(2) == chain((5, 6))
     drafter.observe(9)
-    assert drafter.propose(3) == NO_DRAFT
+    assert drafter.match_length == 0 and drafter.propose(3) == NO_DRAFT
+
+
+def test_ngram_branches() -> None:
+    """The longest match first, then what else followed."""
+    said = (7, 1, 2, 3, 4, 8, 1, 2, 3, 5, 9, 7, 1, 2, 3)
+    drafter = NgramDrafter(said, paths=2)
+    assert drafter.match_length == 4
+    assert drafter.propose(5) == merged([(4, 8), (5, 9, 7)], most=5)
+    assert NgramDrafter(said).propose(3) == chain((4, 8, 1))
 
 
 def test_ngram_goes_round() -> None:
@@ -36,33 +45,45 @@ def test_ngram_goes_round() -> None:
     assert NgramDrafter((3,) * 9).propose(4) == chain((3,) * 4)
 
 
-def test_one_token_is_too_little_to_go_by() -> None:
-    assert NgramDrafter((1, 2, 3, 1)).propose(4) == NO_DRAFT
+def test_two_tokens_are_too_little_to_go_by() -> None:
+    assert NgramDrafter((1, 2, 3, 1, 2)).propose(4) == NO_DRAFT
 
 
 def learnt(plain_s: float, first_row_s: float, row_s: float, sequences: int = 1) -> StepCost:
     cost = StepCost()
     for _ in range(50):
         cost.plain_ran(sequences, plain_s)
-        for rows in range(sequences, sequences + 12, 3):
-            cost.verify_ran(sequences, rows, first_row_s + row_s * (rows - sequences))
+        for more in range(0, 12, 3):
+            cost.verify_ran(sequences, sequences + more, first_row_s + row_s * more)
     return cost
 
 
 def test_cost_is_learnt() -> None:
     cost = learnt(1e-3, 1.2e-3, 3e-4)
     assert cost.plain(1) == pytest.approx(1e-3)
-    assert cost.verify(1, 1) == pytest.approx(1.2e-3, rel=0.05)
-    assert cost.verify(1, 9) == pytest.approx(3.6e-3, rel=0.05)
+    line = cost.line(1)
+    assert line.base == pytest.approx(1.2e-3, rel=0.05)
+    assert line.slope == pytest.approx(3e-4, rel=0.05)
     assert cost.plain(2) is None
 
 
 def test_one_slow_step_changes_little() -> None:
     cost = learnt(1e-3, 1.2e-3, 3e-4)
-    before = cost.verify(1, 5)
+    before = cost.line(1)
     cost.verify_ran(1, 5, 5.0)
     cost.plain_ran(1, 5.0)
-    assert cost.verify(1, 5) < 1.25 * before and cost.plain(1) < 1.3e-3  # type: ignore[operator]
+    after = cost.line(1)
+    assert after.base + 4 * after.slope < 1.1 * (before.base + 4 * before.slope)
+    assert cost.plain(1) < 1.1e-3  # type: ignore[operator]
+
+
+def test_what_is_not_tried_is_forgotten() -> None:
+    """Or nobody would find out that it has become cheap."""
+    cost = learnt(1e-3, 5e-3, 3e-3)
+    assert cost.line(1).base > 4e-3
+    for _ in range(500):
+        cost.plain_ran(1, 1e-3)
+    assert cost.line(1).base < 1.6e-3 and cost.line(1).slope < 5e-4
 
 
 def test_trust_is_learnt_by_one_and_thought_of_others() -> None:

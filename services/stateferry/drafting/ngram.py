@@ -4,50 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stateferry.drafting.suffix_automaton import SuffixAutomaton
+from stateferry.drafting.ngram_index import NgramIndex
 from stateferry.drafting.tree import NO_DRAFT, DraftTree, chain, merged
-
-# Shorter repetitions say too little of what follows.
-_SHORTEST_MATCH = 2
-
 
 # Of another continuation than the likeliest.
 _BRANCH_TOKENS = 3
 
 
 class NgramDrafter:
-    """Of one sequence. Proposes what followed the longest suffix that occurred before, and what
-    followed shorter ones elsewhere."""
+    """Of one sequence. Proposes what followed the longest suffix that occurred before, and maybe
+    what followed it elsewhere."""
 
     def __init__(self, token_ids: Iterable[int], paths: int = 1) -> None:
         """paths: most continuations of one draft."""
-        self._automaton = SuffixAutomaton()
+        self._index = NgramIndex()
         self._paths = paths
-        # (length, end) of the suffixes, the longest first.
-        self._found: list[tuple[int, int]] = []
         for token_id in token_ids:
-            self.observe(token_id)
+            self._index.append(token_id)
 
     def observe(self, token_id: int) -> None:
         """The sequence goes on with ``token_id``."""
-        self._automaton.append(token_id)
-        # Shorter ones often went on like the longest.
-        self._found = self._automaton.find_all(1 if self._paths == 1 else 4 * self._paths)
-        self._automaton.renew()
+        self._index.append(token_id)
 
     @property
     def match_length(self) -> int:
-        """Tokens of the suffix that occurred before."""
-        return self._found[0][0] if self._found else 0
+        """Tokens of the suffix that occurred before; 0 where too few did."""
+        return self._index.find()[0][0] if self._index.repeats else 0
 
     def propose(self, most: int) -> DraftTree:
         """At most ``most`` tokens; none where nothing is repeated."""
-        if self.match_length < _SHORTEST_MATCH or most < 1:
+        if not self._index.repeats or most < 1:
             return NO_DRAFT
-        tokens = self._automaton.tokens
+        tokens = self._index.tokens
         branches: dict[int, int] = {}
-        for length, end in self._found:
-            if length >= _SHORTEST_MATCH and len(branches) < self._paths:
+        for _, end in self._index.find():
+            if len(branches) < self._paths:
                 branches.setdefault(tokens[end], end)
         main, *others = branches.values()
         if not others:
@@ -59,7 +50,7 @@ class NgramDrafter:
 
     def _continuation(self, end: int, count: int) -> list[int]:
         """What followed, which may go on where the sequence ends: then it goes round again."""
-        tokens = self._automaton.tokens
+        tokens = self._index.tokens
         guessed = tokens[end : end + count]
         period = len(tokens) - end
         while len(guessed) < count:

@@ -13,8 +13,8 @@ from stateferry.drafting.tree import NO_DRAFT, DraftTree
 
 # A longer prompt's beginning is not looked at.
 _MOST_HISTORY = 8192
-# By the length of the suffix that occurred before: up to 2, 4, 8, 16 tokens, longer.
-_FIRST_TRUST = (0.35, 0.5, 0.7, 0.85, 0.9)
+# By the length of the suffix that occurred before: up to 4, 8, 16, 31 tokens, longer.
+_FIRST_TRUST = (0.5, 0.7, 0.85, 0.9, 0.95)
 
 
 class Drafter(Protocol):
@@ -22,7 +22,7 @@ class Drafter(Protocol):
 
     @property
     def match_length(self) -> int:
-        """Tokens that the guesses go by."""
+        """Tokens that the guesses go by; 0: there are none."""
 
     def observe(self, token_id: int) -> None:
         """The sequence goes on with ``token_id``."""
@@ -108,20 +108,21 @@ class Speculator:
                 history = (*self._histories.pop(row.request_id, ()), row.token_id)
                 sequence = _Sequence(self._make(history), Trust(behind=self._trust))
                 self._sequences[row.request_id] = sequence
-        proposed = []
-        for row in rows:
-            sequence = self._sequences[row.request_id]
-            sequence.level = _level(sequence.drafter.match_length)
-            sequence.draft = sequence.drafter.propose(min(row.most, self.most_guesses))
-            proposed.append(sequence)
-        trusts = [sequence.trust.of(sequence.level) for sequence in proposed]
-        most = [len(sequence.draft) for sequence in proposed]
+        sequences = [self._sequences[row.request_id] for row in rows]
+        most = []
+        for row, sequence in zip(rows, sequences, strict=True):
+            match = sequence.drafter.match_length
+            sequence.level = _level(match)
+            most.append(min(row.most, self.most_guesses) if match else 0)
+        trusts = [sequence.trust.of(sequence.level) for sequence in sequences]
         lengths = self._pays(trusts, most, self.cost)
-        for sequence, length in zip(proposed, lengths, strict=True):
-            if not length and sequence.draft:
+        for sequence, length, could in zip(sequences, lengths, most, strict=True):
+            if length:
+                sequence.draft = sequence.drafter.propose(length)
+            elif could:
                 sequence.trust.forget_some(sequence.level)
-            sequence.draft = sequence.draft.first(length)
-        return [sequence.draft for sequence in proposed] if any(lengths) else None
+        drafts = [sequence.draft for sequence in sequences]
+        return drafts if any(drafts) else None
 
     def observe(self, request_id: str, token_ids: Sequence[int]) -> None:
         """What the step gave this sequence; the guesses that were right are among it."""
@@ -156,5 +157,5 @@ class Speculator:
 
 def _level(match_length: int) -> int:
     """Place in _FIRST_TRUST."""
-    level = max(0, (match_length - 1).bit_length() - 1)
+    level = max(0, match_length.bit_length() - 2)
     return min(level, len(_FIRST_TRUST) - 1)

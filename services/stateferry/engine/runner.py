@@ -117,6 +117,11 @@ class ModelRunner:
                 model, self.caches, page_tokens=self._page_tokens, longest=graphs_up_to_tokens
             )
 
+    @property
+    def pools(self) -> SequencePools:
+        """Where its sequences live."""
+        return self._pools
+
     def extend(self, batch: ExtendBatch) -> Launch:
         """Plan to consume the rows' tokens. Moves their leases; the launch sets the ``final`` of
         those that keep one."""

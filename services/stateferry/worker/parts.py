@@ -101,25 +101,16 @@ def build_engine(
         loaded, model, worker, cached, grid, device, room_for_drafts(speculation, grid, 1)
     )
     _report(sizes)
-    drafts = room_for_drafts(speculation, grid, sizes.sequences)
-    pools = build_pools(
-        loaded.state_geometry,
-        loaded.kv_geometry,
-        sizes,
-        grid=grid,
-        dtype=dtype,
-        device=device,
-        draft_pages=0 if drafts is None else drafts.kv_pages,
-    )
-    graphs = wants_graphs(worker, device, kernels)
-    runner = ModelRunner(
+    runner = _runner(
         loaded,
-        pools,
+        sizes,
         device,
-        graphs_up_to_tokens=model.max_context_tokens if graphs else 0,
-        drafts=drafts,
+        drafts=room_for_drafts(speculation, grid, sizes.sequences),
+        graphs_up_to_tokens=(
+            model.max_context_tokens if wants_graphs(worker, device, kernels) else 0
+        ),
     )
-    cache = StateCache(pools, sizes, reuse)
+    cache = StateCache(runner.pools, sizes, reuse)
     if runner.graphs is not None:
         runner.graphs.capture(sizes.sequences)
     _try_out(runner, cache, min(grid + 1, model.max_context_tokens - 1))
@@ -143,6 +134,29 @@ def build_engine(
         # What a verification will accept is known when it is over.
         steps_in_flight=1 if guesses else in_flight,
         speculator=speculator(speculation, grid),
+    )
+
+
+def _runner(
+    loaded: Model,
+    sizes: PoolSizes,
+    device: torch.device,
+    *,
+    drafts: Drafts | None,
+    graphs_up_to_tokens: int,
+) -> ModelRunner:
+    """Over pools of its own. The grid is as long as a page."""
+    pools = build_pools(
+        loaded.state_geometry,
+        loaded.kv_geometry,
+        sizes,
+        grid=sizes.kv_page_tokens,
+        dtype=loaded.dtype,
+        device=device,
+        draft_pages=0 if drafts is None else drafts.kv_pages,
+    )
+    return ModelRunner(
+        loaded, pools, device, graphs_up_to_tokens=graphs_up_to_tokens, drafts=drafts
     )
 
 
