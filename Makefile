@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test test-slow check check-native format proto docs bench bench-kernels bench-peers bench-cache bench-spec golden gpu-report clean
+.PHONY: help setup setup-dev demo serve test test-slow test-faults check check-native format proto docs bench bench-kernels bench-peers bench-cache bench-spec bench-transfer golden gpu-report clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -109,6 +109,9 @@ bench-kernels: $(BENCH) ## CPU kernels against this machine's ceilings; ARGS="--
 golden: $(DEV) ## Caches, cuts, preemption, company, hand-off: no bit may change; ARGS="--seed N"
 	@PYTHONPATH=tests $(RUN) -m golden $(ARGS)
 
+test-faults: $(DEV) ## Workers killed, stopped, restarted under load: no client can tell; ARGS="--seeds N --quick"
+	@PYTHONPATH=tests $(RUN) -m faults $(ARGS)
+
 bench-peers: $(DEV) ## Against transformers, vLLM, llama.cpp; ARGS="--llama DIR --vllm-python PATH"
 	@PYTHONPATH=tests $(RUN) -m bench.peers $(ARGS)
 
@@ -117,6 +120,9 @@ bench-cache: $(BENCH) ## The prefix cache against others' policies; ARGS="--trac
 
 bench-spec: $(BENCH) ## Decoding with drafts against decoding without; ARGS="--model DIR --text FILE --quick"
 	@PYTHONPATH=tests $(RUN) -m bench.spec $(ARGS)
+
+bench-transfer: $(BENCH) ## The hand-off between two processes against bare ucxx, gRPC; ARGS="--quick"
+	@PYTHONPATH=tests $(RUN) -m bench.transfer $(ARGS)
 
 # A GPU host has a python with torch of its own.
 GPU_PYTHON ?= python3

@@ -63,6 +63,8 @@ class GenerateOptions:
     tenant: str = ""
     cache_salt: str = ""
     snapshot_hints: Sequence[int] = ()
+    priority: int = 0
+    session_id: str = ""
     request_id: str = ""
     timeout_s: float | None = None
 
@@ -114,6 +116,7 @@ class Completion:
     decode_worker: str
     timings: Timings
     choice: int = 0
+    attempts: int = 1
 
     @property
     def tokens_per_s(self) -> float:
@@ -216,6 +219,8 @@ def _request(
         skip_special_tokens=options.skip_special_tokens,
         cache_salt=options.cache_salt,
         snapshot_hints=options.snapshot_hints,
+        priority=options.priority,
+        session_id=options.session_id,
         guide=_guide(options),
     )
     if isinstance(prompt, str):
@@ -286,4 +291,5 @@ def _completion(completion: inference_pb2.Completion) -> Completion:
         decode_worker=completion.decode_worker,
         timings=Timings.of(completion.timings),
         choice=completion.choice,
+        attempts=completion.attempts,
     )

@@ -83,6 +83,17 @@ class RouterSection:
         "seconds.",
         least=0,
     )
+    max_attempts: int = setting(
+        4,
+        "Attempts at one request: a worker that is lost costs one, and the stream goes on behind "
+        "what was sent. 1: it ends instead.",
+        least=1,
+    )
+    failover_wait_s: float = setting(
+        30.0,
+        "Longest wait of a request that lost its worker until another one comes, seconds.",
+        least=0,
+    )
     heartbeat_interval_s: float = setting(0.5, "How often workers report, seconds.", least=0.01)
     ticket_lifetime_s: float = setting(30.0, "How long a ticket may be used, seconds.", least=1)
 

@@ -20,6 +20,8 @@ from stateferry.core.errors import ConfigError
 ENV_PREFIX = "STATEFERRY"
 
 ConfigT = TypeVar("ConfigT")
+# Of the environment and the command line; TOML has its own.
+_WORDS = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
 
 def setting(
@@ -116,6 +118,10 @@ def _coerce(key: str, value: object, hints: Mapping[str, type]) -> object:
         raise ConfigError(key, "optional settings are not supported")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and kind is bool:
+        if value.lower() not in _WORDS:
+            raise ConfigError(key, f"{value!r} is neither true nor false")
+        return _WORDS[value.lower()]
     if isinstance(value, str) and kind is not str:
         try:
             return kind(value)

@@ -370,6 +370,29 @@ def test_no_tenant_shares_with_another_whatever_its_salt() -> None:
     assert len(salts) == len(pairs)
 
 
+def test_priority_and_session_arrive() -> None:
+    message = good()
+    message.priority, message.session_id = -100, "s" * 128
+    request = codec.complete_request(parse(message), (1,), LIMITS)
+    assert (request.priority, request.session) == (-100, "s" * 128)
+    plain = codec.complete_request(parse(good()), (1,), LIMITS)
+    assert (plain.priority, plain.session) == (0, "")
+
+
+@pytest.mark.parametrize("priority", [-101, 101, 2**31 - 1, -(2**31)])
+def test_a_priority_outside_the_range_is_named(priority: int) -> None:
+    message = good()
+    message.priority = priority
+    assert field_of(message) == "priority"
+
+
+@pytest.mark.parametrize("session", ["s" * 129, "a/b", "é"])
+def test_a_session_of_other_characters_is_named(session: str) -> None:
+    message = good()
+    message.session_id = session
+    assert field_of(message) == "session_id"
+
+
 def test_a_long_salt_is_refused_by_its_bytes() -> None:
     message = good()
     message.cache_salt = "é" * 129

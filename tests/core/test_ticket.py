@@ -48,7 +48,18 @@ def desk(role: Role = Role.DECODE, me: WorkerKey = DECODE) -> tuple[TicketDesk, 
 
 
 @pytest.mark.parametrize(
-    "body", [ticket(cache_salt="t/é"), ticket(decode=None, transfer_address=None)]
+    "body",
+    [
+        ticket(cache_salt="t/é", priority=-7, session="chat"),
+        ticket(decode=None, transfer_address=None),
+        # The longest names that a client can give: the JSON of a control character is six bytes.
+        ticket(
+            request_id="r" * 128,
+            tenant="t" * 128,
+            cache_salt="t" * 128 + "/" + "\x01" * 256,
+            session="s" * 128,
+        ),
+    ],
 )
 def test_opens_to_what_was_signed(body: Ticket) -> None:
     signer = TicketSigner(KEY)

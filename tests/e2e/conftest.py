@@ -49,6 +49,6 @@ def cluster(tiny_model: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def own_cluster(tiny_model: Path) -> Iterator[LocalCluster]:
-    """For a test that kills something."""
-    with new_cluster(tiny_model) as running:
+    """For a test that kills something, and looks at what becomes of a single attempt."""
+    with new_cluster(tiny_model, router__max_attempts=1) as running:
         yield running

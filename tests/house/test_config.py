@@ -65,6 +65,19 @@ def test_the_short_name_of_a_setting_yields_to_its_full_name() -> None:
     assert load_config(environ=environ).worker.kernels == "reference"
 
 
+@pytest.mark.parametrize(
+    ("word", "means"), [("False", False), ("false", False), ("0", False), ("True", True)]
+)
+def test_a_switch_in_the_environment(word: str, means: bool) -> None:
+    """Of which a child process is told in words, and every word but the empty one is true."""
+    environ = {"STATEFERRY_CACHE_ENABLED": word}
+    config = load_config(environ=environ)
+    assert config.cache.enabled is means
+    assert load_config(environ=to_environment(config)) == config
+    with pytest.raises(ConfigError, match="neither true nor false"):
+        load_config(environ={"STATEFERRY_CACHE_ENABLED": "perhaps"})
+
+
 def test_a_wrong_type_in_the_environment_names_the_key() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(environ={"STATEFERRY_WORKER_THREADS": "two"})

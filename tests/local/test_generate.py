@@ -39,7 +39,8 @@ def test_every_option_reaches_the_request(asked: list[GenerateOptions], tmp_path
         "--repetition-penalty 1.5 --presence-penalty -0.5 --frequency-penalty 2 --seed 8 -n 3 "
         "--logit-bias 5=-1.5 --logit-bias 6=2 --stop a --stop b --stop-token-id 4 --include-stop "
         "--ignore-eos --special-tokens --logprobs 1 --echo --prompt-logprobs 0 --tenant t "
-        "--cache-salt s --snapshot-hint 4 --snapshot-hint 9"
+        "--cache-salt s --snapshot-hint 4 --snapshot-hint 9 --priority -3 "
+        "--session chat-1"
     )
     assert run(["generate", "x", *line.split(), "--json-schema", f"@{schema}"]) == 0
     assert asked == [
@@ -68,6 +69,8 @@ def test_every_option_reaches_the_request(asked: list[GenerateOptions], tmp_path
             tenant="t",
             cache_salt="s",
             snapshot_hints=(4, 9),
+            priority=-3,
+            session_id="chat-1",
         )
     ]
 

@@ -95,6 +95,7 @@ def description(
     max_context_tokens: int = 4096,
     fingerprint: Fingerprint = FINGERPRINT,
     kv_pages: int = 0,
+    preempts: bool = False,
 ) -> WorkerDescription:
     """``kv_pages`` of 16 tokens; 0: a model without attention."""
     return WorkerDescription(
@@ -111,6 +112,7 @@ def description(
         pools=PoolSizes(
             capacity, 1 + 2 * capacity, capacity, kv_pages, 16, 9, 9, 9 * (kv_pages > 0)
         ),
+        preempts=preempts,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stateferry.core.ids import WorkerKey
-from stateferry.router.last_turns import LastTurns
+from stateferry.router.last_turns import NOBODY, LastTurn, LastTurns
 
 A, B = WorkerKey("decode-0", 1), WorkerKey("decode-1", 1)
 TURN = tuple(range(100))
@@ -40,3 +40,23 @@ def test_the_oldest_are_forgotten() -> None:
         turns.note("", (first, *TURN), A)
     assert turns.worker_of("", (0, *TURN)) is None
     assert turns.worker_of("", (1, *TURN)) == turns.worker_of("", (2, *TURN)) == A
+
+
+def test_a_session_is_known_by_its_name_alone() -> None:
+    turns, prefill = LastTurns(), WorkerKey("prefill-0", 1)
+    turns.note("t/", TURN, B)
+    turns.note_session("t/", "chat", LastTurn(prefill, A))
+    assert turns.of("t/", "chat", TURN) == LastTurn(prefill, A)
+    assert turns.of("t/", "other", TURN) == LastTurn(None, B) == turns.of("t/", "", TURN)
+    assert turns.of("u/", "chat", TURN) == NOBODY
+    # A turn that ran at its decode worker leaves the prefill worker what it was.
+    turns.note_session("t/", "chat", LastTurn(None, B))
+    assert turns.of("t/", "chat", (1,)) == LastTurn(prefill, B)
+
+
+def test_the_oldest_session_is_forgotten() -> None:
+    turns = LastTurns(most=2)
+    for name in ("a", "b", "a", "c"):
+        turns.note_session("t/", name, LastTurn(decode=A))
+    assert turns.of("t/", "b", ()) == NOBODY
+    assert turns.of("t/", "a", ()) == turns.of("t/", "c", ()) == LastTurn(decode=A)

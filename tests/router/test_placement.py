@@ -161,3 +161,19 @@ def test_but_not_where_it_cannot_serve() -> None:
         ]
     gone = dataclasses.replace(NEED, last_decode=decode(7).description.key)
     assert ids([prefill(0)], [decode(0)], gone) == [("prefill-0", "decode-0")]
+
+
+def test_a_sessions_prefill_worker_is_worth_half_a_prompt_of_queue() -> None:
+    session = dataclasses.replace(NEED, prompt_len=100, last_prefill=prefill(1).description.key)
+    for busy, wanted in ((0, "prefill-1"), (50, "prefill-1"), (51, "prefill-0")):
+        prefills = [prefill(0), prefill(1, tokens=busy)]
+        for need in (session, dataclasses.replace(session, needs_decode=False)):
+            chosen = {
+                p.prefill.key.worker_id
+                for turn in range(4)
+                if (p := place(prefills, [decode(0)], need, turn)) is not None
+            }
+            assert wanted in chosen and (busy == 0 or len(chosen) == 1)
+    # One that is full, or another life of it, is none.
+    full = [prefill(0, tokens=9), prefill(1, requests=4)]
+    assert ids(full, [decode(0)], session) == [("prefill-0", "decode-0")]

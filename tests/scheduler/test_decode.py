@@ -10,7 +10,8 @@ import pytest
 
 from stateferry.core.errors import Overloaded
 from stateferry.core.sampling import FinishReason, StopConditions
-from stateferry.scheduler.decode import DecodeRow, DecodeScheduler, DecodeStep
+from stateferry.scheduler.decode import DecodeScheduler
+from stateferry.scheduler.decode_step import DecodeRow, DecodeStep
 from support.counting_memory import CountingMemory
 
 EOS = 2

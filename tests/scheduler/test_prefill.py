@@ -10,7 +10,8 @@ import pytest
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
-from stateferry.scheduler.prefill import ExtendSlice, ExtendStep, PrefillScheduler
+from stateferry.scheduler.extend import ExtendSlice, ExtendStep
+from stateferry.scheduler.prefill import PrefillScheduler
 from support.counting_memory import CountingMemory
 
 

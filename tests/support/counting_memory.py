@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from stateferry.core.request import GenerationRequest
 
 
@@ -18,10 +20,12 @@ class CountingMemory:
         self.tokens: dict[str, list[int]] = {}
         # By request: how much of its prompt is known beforehand.
         self.known: dict[str, int] = {}
+        self.parked: set[str] = set()
 
     def resume(self, request: GenerationRequest, num_tokens: int) -> int | None:
         if not self.reserve(request.request_id, num_tokens):
             return None
+        self.parked.discard(request.request_id)
         return self.known.get(request.request_id, 0)
 
     def consumed(self, request_id: str, token_id: int) -> None:
@@ -40,6 +44,20 @@ class CountingMemory:
             return False
         self.held[request_id] = num_tokens
         return True
+
+    def park(self, request_id: str) -> None:
+        self.release(request_id)
+        self.parked.add(request_id)
+
+    def forget(self, request_id: str) -> None:
+        self.parked.remove(request_id)
+
+    def publish(self, request_id: str) -> None:
+        assert request_id in self.held
+
+    def fits_without(self, num_tokens: int, request_ids: Collection[str]) -> bool:
+        left = [tokens for name, tokens in self.held.items() if name not in request_ids]
+        return len(left) < self.capacity and sum(left) + num_tokens <= self.capacity_tokens
 
     def release(self, request_id: str) -> None:
         del self.held[request_id]

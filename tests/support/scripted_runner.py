@@ -92,6 +92,9 @@ class NullMeter:
     def observe_gap(self, kind: str, seconds: float) -> None:
         return None
 
+    def preempted(self, sequences: int, recomputed_tokens: int) -> None:
+        return None
+
     def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
         return None
 

@@ -120,6 +120,8 @@ def test_worker_values() -> None:
     meter.observe_step("extend", 0.25, 2, 130)
     meter.handoff_sealed(70_000, 0.5)
     meter.handoff_failed()
+    meter.preempted(2, 30)
+    meter.preempted(1, 0)
     worker.set_load(
         WorkerLoad(
             sequence=1,
@@ -154,6 +156,7 @@ def test_worker_values() -> None:
     assert value("handoff_seconds_sum") == 0.5
     assert value("handoffs_total", result="sealed") == 1
     assert value("handoffs_total", result="failed") == 1
+    assert value("preemptions_total") == 3 and value("recomputed_tokens_total") == 30
     assert value("requests_active") == 4
     assert value("requests_queued") == 3
     assert value("tokens_queued") == 999

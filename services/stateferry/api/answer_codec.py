@@ -80,6 +80,7 @@ class Completion:
     prefill_worker: str
     decode_worker: str
     choice: int = 0
+    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ def completion_to_bytes(completion: Completion) -> bytes:
         prefill_worker=completion.prefill_worker,
         decode_worker=completion.decode_worker,
         choice=completion.choice,
+        attempts=completion.attempts,
     )
     return pb.GenerateResponse(completion=message).SerializeToString()
 

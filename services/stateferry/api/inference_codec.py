@@ -19,7 +19,9 @@ from stateferry.core.errors import InvalidRequest
 from stateferry.core.ids import is_request_id, new_request_id
 from stateferry.core.request import (
     MAX_CACHE_SALT_BYTES,
+    MAX_PRIORITY,
     MAX_SNAPSHOT_HINTS,
+    MIN_PRIORITY,
     GenerationRequest,
     cache_salt_of,
 )
@@ -83,10 +85,11 @@ class AnswerOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReuseOptions:
-    """With whom cached state is shared, and where it is wanted."""
+    """With whom cached state is shared, where it is wanted, and by which conversation."""
 
     cache_salt: str = ""
     snapshot_hints: tuple[int, ...] = ()
+    session_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class ClientRequest:
     stop: ClientStop
     answer: AnswerOptions
     reuse: ReuseOptions = ReuseOptions()
+    priority: int = 0
 
 
 def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
@@ -114,6 +118,10 @@ def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
         raise InvalidRequest("request_id", "is not 1 to 128 of [A-Za-z0-9._:-]")
     if message.tenant and not is_request_id(message.tenant):
         raise InvalidRequest("tenant", "is not 1 to 128 of [A-Za-z0-9._:-]")
+    if message.session_id and not is_request_id(message.session_id):
+        raise InvalidRequest("session_id", "is not 1 to 128 of [A-Za-z0-9._:-]")
+    if not MIN_PRIORITY <= message.priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", f"is not in [{MIN_PRIORITY}, {MAX_PRIORITY}]")
     if message.model and message.model != limits.model:
         raise InvalidRequest("model", f"is not served here; {limits.model} is")
     stop = _stop(message.stop, limits)
@@ -131,7 +139,9 @@ def parse_generate(payload: bytes, limits: RequestLimits) -> ClientRequest:
     )
     reuse = _reuse(message)
     prompt = _prompt(message, limits)
-    return ClientRequest(request_id, message.tenant, prompt, sampling, stop, answer, reuse)
+    return ClientRequest(
+        request_id, message.tenant, prompt, sampling, stop, answer, reuse, message.priority
+    )
 
 
 def complete_request(
@@ -165,6 +175,8 @@ def complete_request(
         client.answer.prompt_logprobs,
         cache_salt=cache_salt_of(client.tenant, client.reuse.cache_salt),
         snapshot_hints=client.reuse.snapshot_hints,
+        priority=client.priority,
+        session=client.reuse.session_id,
     )
 
 
@@ -239,7 +251,7 @@ def _reuse(message: pb.GenerateRequest) -> ReuseOptions:
         raise InvalidRequest("cache_salt", f"has more than {MAX_CACHE_SALT_BYTES} bytes")
     if len(message.snapshot_hints) > MAX_SNAPSHOT_HINTS:
         raise InvalidRequest("snapshot_hints", f"has more than {MAX_SNAPSHOT_HINTS} positions")
-    return ReuseOptions(message.cache_salt, tuple(message.snapshot_hints))
+    return ReuseOptions(message.cache_salt, tuple(message.snapshot_hints), message.session_id)
 
 
 def _check_guide(message: pb.GenerateRequest, limits: RequestLimits) -> None:

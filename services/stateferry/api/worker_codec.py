@@ -63,7 +63,9 @@ def prefill_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_p
     )
 
 
-def decode_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_pb2.DecodeRequest:
+def decode_request_to_pb(
+    ticket: bytes, request: GenerationRequest, *, here_only: bool = False
+) -> worker_pb2.DecodeRequest:
     return worker_pb2.DecodeRequest(
         ticket=ticket,
         sampling=sampling_to_pb(request.sampling),
@@ -71,6 +73,7 @@ def decode_request_to_pb(ticket: bytes, request: GenerationRequest) -> worker_pb
         seen_prompt_ids=request.seen_prompt_ids,
         # A prompt that is to be scored runs where all of it is computed.
         prompt_ids=request.prompt_ids if request.prompt_logprobs is None else (),
+        here_only=here_only,
     )
 
 
@@ -154,6 +157,7 @@ def description_to_pb(worker: WorkerDescription) -> membership_pb2.WorkerDescrip
         kernels=worker.kernels,
         vocab_size=worker.vocab_size,
         pools=membership_pb2.PoolSizes(**dataclasses.asdict(worker.pools)),
+        preempts=worker.preempts,
     )
 
 
@@ -188,6 +192,7 @@ def description_from_pb(message: membership_pb2.WorkerDescription) -> WorkerDesc
         vocab_size=message.vocab_size,
         kernels=message.kernels,
         pools=_pools_from_pb(message.pools),
+        preempts=message.preempts,
     )
 
 

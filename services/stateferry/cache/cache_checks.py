@@ -98,6 +98,12 @@ def _check_locks(
         locked_pages,
     )
     counted = (prefixes.locked_states, prefixes.locked_tails, prefixes.locked_kv_pages)
+    pinned = (
+        sum(p.pinned > 0 and not p.locks and p.state is not None for p in points),
+        sum(tail.pinned > 0 and not tail.locks for tail in tails),
+    )
+    if pinned != (prefixes.pinned_states, prefixes.pinned_tails):
+        raise InvariantViolation(f"protected states and tails: {pinned} are counted wrong")
     if found != counted:
         raise InvariantViolation(f"locked states, tails and KV pages: {found}, not {counted}")
     if any(point.locks and not point.node.locks for point in points):

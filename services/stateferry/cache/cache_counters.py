@@ -37,6 +37,13 @@ class CacheCounters:
     # Pages copied because a sequence goes on writing where a snapshot ends.
     tail_copies: int = 0
     kv_copies: int = 0
+    # Of snapshots that are to be evicted last, until one of the next three; and of those that had
+    # to go all the same.
+    protections_begun: int = 0
+    protections_ended: int = 0
+    protections_expired: int = 0
+    protections_over_budget: int = 0
+    protected_evicted: int = 0
     # To host memory when they were evicted, unless they were there already, and back.
     states_moved_out: int = 0
     tails_moved_out: int = 0

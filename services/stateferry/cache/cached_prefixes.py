@@ -87,6 +87,9 @@ class CachedPrefixes:
         self.locked_states = 0
         self.locked_tails = 0
         self.locked_kv_pages = 0
+        # Of those that are not locked: what snapshots that need not be may not take.
+        self.pinned_states = 0
+        self.pinned_tails = 0
 
     # -- what can be had ------------------------------------------------------------------------
 
@@ -198,6 +201,7 @@ class CachedPrefixes:
         snapshot.locks += 1
         if snapshot.locks > 1:
             return
+        self._count_pinned(snapshot, -1)
         if isinstance(snapshot, Point):
             self.state_queue.discard(snapshot)
             self.locked_states += snapshot.state is not None
@@ -213,6 +217,7 @@ class CachedPrefixes:
         snapshot.locks -= 1
         if snapshot.locks:
             return
+        self._count_pinned(snapshot, 1)
         if isinstance(snapshot, Point):
             self.locked_states -= snapshot.state is not None
         else:
@@ -221,6 +226,29 @@ class CachedPrefixes:
         self.date(snapshot)
         if isinstance(snapshot, Point):
             self.forget_if_empty(snapshot.node)
+
+    def pin(self, snapshot: Snapshot, by: int) -> None:
+        """A snapshot, and what it takes to use it, is protected by one more or one less."""
+        point = snapshot.point if isinstance(snapshot, Tail) else snapshot
+        for entry in {snapshot, point}:
+            if not entry.alive:
+                continue
+            if not entry.locks:
+                self._count_pinned(entry, -1)
+            entry.pinned += by
+            if not entry.locks:
+                self._count_pinned(entry, 1)
+            self.date(entry)
+        if point.alive:
+            self.consider(point.node)
+
+    def _count_pinned(self, snapshot: Snapshot, by: int) -> None:
+        if not snapshot.pinned:
+            return
+        if isinstance(snapshot, Tail):
+            self.pinned_tails += by
+        elif snapshot.state is not None:
+            self.pinned_states += by
 
     def count_use(self, snapshot: Snapshot) -> None:
         """A prompt goes on from it."""
@@ -239,6 +267,7 @@ class CachedPrefixes:
     def drop_tail(self, tail: Tail) -> None:
         """Free an unlocked tail."""
         assert tail.alive and not tail.locks
+        self._count_pinned(tail, -1)
         tail.alive = False
         remove_sorted(tail.point.tails, tail)
         self.tail_queue.discard(tail)
@@ -251,6 +280,7 @@ class CachedPrefixes:
         assert point.alive and point.state is not None and not point.locks
         for tail in tuple(point.tails):
             self.drop_tail(tail)
+        self._count_pinned(point, -1)
         point.alive = False
         self.state_queue.discard(point)
         del point.node.points[point.position // self.grid]
@@ -273,6 +303,7 @@ class CachedPrefixes:
                 self.offload.tail(tail, chain_hash)
             self.offload.state(point, chain_hash)
         self.counters.states_evicted += 1
+        self.counters.protected_evicted += bool(point.pinned)
         self.counters.tails_evicted += len(point.tails)
         self.counters.kv_pages_evicted += sum(len(tail.kv_pages) for tail in point.tails)
         self.drop_point(point)
@@ -287,6 +318,7 @@ class CachedPrefixes:
         if self.offload is not None:
             self.offload.tail(tail, self.tree.hash_at(node, tail.point.position // self.grid))
         self.counters.tails_evicted += 1
+        self.counters.protected_evicted += bool(tail.pinned)
         self.counters.kv_pages_evicted += len(tail.kv_pages)
         self.drop_tail(tail)
         self.forget_if_empty(node)

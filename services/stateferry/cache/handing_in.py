@@ -32,7 +32,7 @@ class HandingIn:
         self._grid = prefixes.grid
         self._stamp = 0
 
-    def leave(self, held: Held) -> None:
+    def leave(self, held: Held) -> Inserted:
         """All that it consumed, as it lies: the sequence has ended, and takes no more steps."""
         lease, position = held.lease, held.num_known
         states = dict(lease.snapshots)
@@ -42,7 +42,7 @@ class HandingIn:
         rows = position % self._grid
         tail = self._prefixes.tail_handle(lease.tail_page, position) if rows else None
         origin = Origin.TURN if position > held.prompt_len else Origin.PROMPT
-        self._insert(held, states, (*whole, *last), tail, origin, goes_on=False)
+        return self._insert(held, states, (*whole, *last), tail, origin, goes_on=False)
 
     def share(self, held: Held, origin: Origin) -> None:
         """The same of a sequence that goes on: it reads the cache's places from then on and writes
@@ -97,7 +97,8 @@ class HandingIn:
             origin=origin,
             origins=held.origins,
         )
-        result = cache.insert(new, hold=held.hold if goes_on else None)
+        hold = held.hold if goes_on else None
+        result = cache.insert(new, hold=hold, session=held.protects)
         held.settle(tail, result)
         return result
 

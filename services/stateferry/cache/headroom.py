@@ -10,7 +10,8 @@ from stateferry.cache.sizing import SLOTS_PER_SEQUENCE, TAIL_PAGES_PER_SEQUENCE
 
 class Headroom:
     """Of a cache that shares its pools with at most ``sequences``, of which those in ``held`` have
-    theirs. What a snapshot costs is taken from it: it never keeps a sequence waiting."""
+    theirs. What a snapshot costs is taken from it: it never keeps a sequence waiting, nor takes the
+    place of a protected one."""
 
     def __init__(self, prefixes: HybridCache, sequences: int, held: Sized) -> None:
         self._prefixes = prefixes
@@ -25,7 +26,7 @@ class Headroom:
     @property
     def slots(self) -> int:
         """State slots beyond those that they will take."""
-        return max(self._prefixes.obtainable_slots - SLOTS_PER_SEQUENCE * self.seats, 0)
+        return max(self._prefixes.unprotected_slots - SLOTS_PER_SEQUENCE * self.seats, 0)
 
     @property
     def free_slots(self) -> int:
@@ -36,4 +37,4 @@ class Headroom:
     @property
     def tails(self) -> int:
         """Likewise tail pages."""
-        return max(self._prefixes.obtainable_tails - TAIL_PAGES_PER_SEQUENCE * self.seats, 0)
+        return max(self._prefixes.unprotected_tails - TAIL_PAGES_PER_SEQUENCE * self.seats, 0)

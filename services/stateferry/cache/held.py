@@ -26,6 +26,8 @@ class Held:
     prompt_len: int = 0
     resumed_tokens: int = 0
     is_spoilt: bool = False
+    # Whose last snapshot is protected; empty: nobody's.
+    session: str = ""
     # Why states are kept that are on the way.
     origins: dict[int, Origin] = field(default_factory=dict)
 
@@ -33,6 +35,11 @@ class Held:
     def is_kept(self) -> bool:
         """Whether what it computed may go to the cache."""
         return self.lease.tokens is not None and not self.is_spoilt
+
+    @property
+    def protects(self) -> tuple[bytes, str] | None:
+        """By what name the end of what it computed is protected; None: it is not."""
+        return (self.namespace, self.session) if self.session else None
 
     @property
     def num_known(self) -> int:

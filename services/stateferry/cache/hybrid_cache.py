@@ -6,22 +6,24 @@ copied is left in a list, or returned as one, for whoever owns the stream.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from stateferry.cache.cache_checks import check_cache
 from stateferry.cache.cache_counters import CacheCounters
 from stateferry.cache.cached_prefixes import CachedPrefixes, CachePools
-from stateferry.cache.entries import CacheNode, Pages, Point, Snapshot, Tail
+from stateferry.cache.entries import CacheNode, Pages, Point, Tail
 from stateferry.cache.eviction import EvictionPolicy, LruPolicy, ValuePolicy
 from stateferry.cache.handles import StateHandle, TailHandle
 from stateferry.cache.host_tier import HostOffload, HostStore, PlaceBytes
 from stateferry.cache.insertion import Computed, Inserted, insert
 from stateferry.cache.lookup import Match, look_up
 from stateferry.cache.page_copy import PageCopy
+from stateferry.cache.protection import PROTECTED_TICKS, Protection, ProtectionLimits
 from stateferry.cache.restore import restore
 from stateferry.cache.slots import Occupancy
+from stateferry.core.clock import Clock, SystemClock
 from stateferry.core.errors import InvariantViolation
 from stateferry.prefix.snapshot_plan import SnapshotPlan
 
@@ -32,13 +34,16 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"value": ValuePolicy, "lru
 class CacheOptions:
     """``eviction`` is "value" or "lru". ``max_states_per_path`` bounds the states from the root to
     any leaf, 0 does not. The last snapshot of a session, one of ``max_sessions``, goes
-    ``session_pin_ticks`` lookups and inserts later than it would. What is evicted lives on in
-    ``host_bytes`` of host memory."""
+    ``session_pin_ticks`` lookups and inserts later than it would, by default after all others: of
+    ``session_share`` of each pool, and for ``session_ttl_s`` after the turn. What is evicted lives
+    on in ``host_bytes`` of host memory."""
 
     eviction: str = "value"
     max_states_per_path: int = 0
     max_sessions: int = 4096
-    session_pin_ticks: int = 1024
+    session_pin_ticks: int = PROTECTED_TICKS
+    session_share: float = 0.5
+    session_ttl_s: float = math.inf
     host_bytes: int = 0
 
 
@@ -77,6 +82,7 @@ class HybridCache:
         options: CacheOptions | None = None,
         copies: list[PageCopy] | None = None,
         sizes: PlaceBytes | None = None,
+        clock: Clock | None = None,
     ) -> None:
         options = options or CacheOptions()
         copies = [] if copies is None else copies
@@ -92,7 +98,6 @@ class HybridCache:
         self._copies = copies
         self._page_tokens = page_tokens
         self._options = options
-        self._sessions: OrderedDict[str, Snapshot] = OrderedDict()
         self._prefixes = CachedPrefixes(
             pools,
             grid=grid,
@@ -103,6 +108,11 @@ class HybridCache:
             counters=self.counters,
             offload=offload,
         )
+        limits = ProtectionLimits(
+            options.session_share, options.session_ttl_s, options.max_sessions
+        )
+        clock = clock or SystemClock()
+        self.protection = Protection(self._prefixes, limits, clock.monotonic_s)
 
     # -- handles --------------------------------------------------------------------------------
 
@@ -133,11 +143,22 @@ class HybridCache:
         """Likewise KV pages."""
         return self._prefixes.obtainable_kv_pages
 
+    @property
+    def unprotected_slots(self) -> int:
+        """As ``obtainable_slots``, for what is not needed: what is protected stays."""
+        return self._prefixes.obtainable_slots - self._prefixes.pinned_states
+
+    @property
+    def unprotected_tails(self) -> int:
+        """Likewise tail pages."""
+        return self._prefixes.obtainable_tails - self._prefixes.pinned_tails
+
     def allocate(
         self, owner: str, *, state_slots: int = 0, tail_pages: int = 0, kv_pages: int = 0
     ) -> Grant | None:
         """Ids for ``owner``, evicting what it takes; None, and nothing taken or evicted, when that
         is not enough."""
+        self.protection.expire()
         if not self._prefixes.make_room(state_slots, tail_pages, kv_pages):
             return None
         slots = self.pools.state_slots.allocate(state_slots, owner)
@@ -243,7 +264,7 @@ class HybridCache:
     # -- insert ---------------------------------------------------------------------------------
 
     def insert(
-        self, new: Computed, *, hold: Hold | None = None, session: str | None = None
+        self, new: Computed, *, hold: Hold | None = None, session: Hashable | None = None
     ) -> Inserted:
         """Take over what ``new`` has and the cache has not; see ``Computed`` and ``Inserted``.
 
@@ -260,7 +281,7 @@ class HybridCache:
             assert tail is None or isinstance(tail, Tail)
             self._move(hold, result.node, points[-1] if points else None, tail)
         if session is not None and result.snapshots:
-            self._pin(session, result.snapshots[-1])
+            self.protection.protect(session, result.snapshots[-1])
         if points and self._options.max_states_per_path:
             self._cap_path(points[-1])
         return result
@@ -332,23 +353,6 @@ class HybridCache:
             if hold.node is not None:
                 prefixes.unlock_path(hold.node)
             hold.node = node
-
-    def _pin(self, session: str, snapshot: Snapshot) -> None:
-        self._change_pins(snapshot, 1)
-        before = self._sessions.pop(session, None)
-        if before is not None:
-            self._change_pins(before, -1)
-        self._sessions[session] = snapshot
-        if len(self._sessions) > self._options.max_sessions:
-            self._change_pins(self._sessions.popitem(last=False)[1], -1)
-
-    def _change_pins(self, snapshot: Snapshot, by: int) -> None:
-        point = snapshot.point if isinstance(snapshot, Tail) else snapshot
-        for entry in {snapshot, point}:
-            entry.pinned += by
-            self._prefixes.date(entry)
-        if point.alive:
-            self._prefixes.consider(point.node)
 
     def _cap_path(self, deepest: Point) -> None:
         """Drop the shallowest states beyond the cap, but those at forks, locked or with tails."""

@@ -45,16 +45,26 @@ class KvPool:
         """Pages that a sequence of ``num_tokens`` takes."""
         return pages_for(self.geometry, self.page_tokens, num_tokens)
 
-    def sequence_views(self, lease: SequenceLease) -> list[StateView]:
-        """Keys and values of positions [0, position), layer by layer: the full pages one after the
-        other, then the written places of the last one."""
+    def page_views(self, lease: SequenceLease, first: int, end: int) -> list[StateView]:
+        """The sequence's full pages [first, end), layer by layer; none when there are none."""
+        views = []
+        for layer in range(self.geometry.num_layers if first < end else 0):
+            pieces = tuple(self._tensor[page, layer] for page in lease.kv_pages[first:end])
+            shape = (end - first, *pieces[0].shape)
+            views.append(StateView("kv_pages", layer, shape, pieces, first))
+        return views
+
+    def sequence_views(self, lease: SequenceLease, first_page: int = 0) -> list[StateView]:
+        """Keys and values of positions [0, position) but those of the pages before ``first_page``,
+        layer by layer: the full pages one after the other, then the written places of the last."""
         num_full, rows = divmod(lease.position, self.page_tokens)
         views = []
         for layer in range(self.geometry.num_layers):
             pages = self._tensor[:, layer]
-            if num_full:
-                pieces = tuple(pages[page] for page in lease.kv_pages[:num_full])
-                views.append(StateView("kv_pages", layer, (num_full, *pieces[0].shape), pieces))
+            if first_page < num_full:
+                pieces = tuple(pages[page] for page in lease.kv_pages[first_page:num_full])
+                shape = (num_full - first_page, *pieces[0].shape)
+                views.append(StateView("kv_pages", layer, shape, pieces, first_page))
             if rows:
                 # Unwritten places may hold another request's tokens: they stay here.
                 written = pages[lease.kv_pages[num_full], :, :, :rows]

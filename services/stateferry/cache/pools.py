@@ -33,9 +33,10 @@ class SequencePools:
     def size_bytes(self) -> int:
         return self.states.size_bytes + self.kv.size_bytes
 
-    def sequence_views(self, lease: SequenceLease) -> list[StateView]:
-        """Everything another worker needs to continue the sequence, in a fixed order."""
-        return self.states.sequence_views(lease) + self.kv.sequence_views(lease)
+    def sequence_views(self, lease: SequenceLease, first_page: int = 0) -> list[StateView]:
+        """Everything another worker needs to continue the sequence, in a fixed order, but the KV
+        pages before ``first_page``."""
+        return self.states.sequence_views(lease) + self.kv.sequence_views(lease, first_page)
 
     def max_sequence_bytes(self, num_tokens: int) -> int:
         """Most bytes that ``sequence_views`` of a sequence of ``num_tokens`` can have."""

@@ -15,6 +15,7 @@ is written again by launches alone that come after all that could still read it.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from stateferry.cache.cached_prefixes import CachePools
@@ -24,6 +25,7 @@ from stateferry.cache.headroom import Headroom
 from stateferry.cache.held import Held
 from stateferry.cache.host_tier import PlaceBytes
 from stateferry.cache.hybrid_cache import Hold, HybridCache
+from stateferry.cache.insertion import Inserted
 from stateferry.cache.lease import SequenceLease
 from stateferry.cache.lookup import Match
 from stateferry.cache.page_copy import PageCopy
@@ -111,6 +113,9 @@ class StateCache:
         held.prompt_len = request.prompt_len
         held.resumed_tokens = match.position
         held.lease.final = match.final
+        held.session = request.session
+        # It is back, if it was preempted.
+        self.forget(request.request_id)
         if self.reuse.is_on:
             held.lease.tokens = array("I", request.prompt_ids)
             self._plan_snapshots(held, request, match)
@@ -146,6 +151,7 @@ class StateCache:
             raise InvariantViolation(f"{prompt.prompt_len} tokens made {held.lease.position}")
         held.namespace = self.reuse.namespace(prompt.cache_salt)
         held.prompt_len = prompt.prompt_len
+        held.session = prompt.session
         held.lease.tokens = array("I", prompt.prompt_ids)
         self.publish(request_id)
 
@@ -179,15 +185,41 @@ class StateCache:
     def release(self, request_id: str) -> None:
         """Leave what the sequence computed to the cache and return the rest. No step that touches
         the lease may be in flight."""
-        held = self._of(request_id)
-        held.lease.rewind(held.num_known, self.pools.grid)
         # What decode leaves is a matter of the strategy; prompts are always left.
-        wanted = self.reuse.tracking.keeps_end() or held.lease.final is not None
-        if wanted and held.is_kept and held.num_known > held.resumed_tokens:
-            self._handing_in.leave(held)
-        del self._held[request_id]
-        self.prefixes.unlock(held.hold)
-        self.prefixes.free(state_slots=held.slots, tail_pages=held.tails, kv_pages=held.pages)
+        is_prompt = self._of(request_id).lease.final is not None
+        self._give_back(request_id, leaves_end=self.reuse.tracking.keeps_end() or is_prompt)
+
+    def park(self, request_id: str) -> None:
+        """Release a sequence that will come back: its end is left whatever the strategy is, and
+        protected until ``resume`` or ``forget``."""
+        left = self._give_back(request_id, leaves_end=True)
+        if left is not None and left.snapshots:
+            self.prefixes.protection.protect(request_id, left.snapshots[-1])
+
+    def forget(self, request_id: str) -> None:
+        """A parked sequence needs what it left no longer."""
+        self.prefixes.protection.end(request_id)
+
+    def fits_without(self, num_tokens: int, request_ids: Collection[str]) -> bool:
+        """Whether a sequence of at most ``num_tokens`` would have room once these had given theirs
+        back. What they share may come free with them and is counted as little as can be."""
+        leaving = [self._of(request_id) for request_id in request_ids]
+        prefixes, num_pages = self.prefixes, self.pools.kv.pages_for(num_tokens)
+        kept = sum(
+            len(held.lease.kv_pages) + len(held.hold.tail.kv_pages if held.hold.tail else ())
+            for held in self._held.values()
+            if held.request_id not in request_ids
+        )
+        own = sum(len(held.pages) for held in leaving)
+        kv_pages = max(prefixes.obtainable_kv_pages + own, prefixes.pools.kv_pages.total - kept)
+        slots = prefixes.obtainable_slots + sum(len(held.slots) for held in leaving)
+        tails = prefixes.obtainable_tails + sum(len(held.tails) for held in leaving)
+        return (
+            self._headroom.seats + len(leaving) > 0
+            and slots >= SLOTS_PER_SEQUENCE
+            and tails >= TAIL_PAGES_PER_SEQUENCE
+            and kv_pages >= num_pages
+        )
 
     def take_copies(self) -> tuple[PageCopy, ...]:
         """What is to be copied before the next launch; the caller sees to it."""
@@ -223,6 +255,19 @@ class StateCache:
                 raise InvariantViolation(f"{pool.name}s without a lease: {strays}")
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _give_back(self, request_id: str, *, leaves_end: bool) -> Inserted | None:
+        held = self._of(request_id)
+        held.lease.rewind(held.num_known, self.pools.grid)
+        left = None
+        if leaves_end and held.is_kept and held.num_known > held.resumed_tokens:
+            left = self._handing_in.leave(held)
+        elif held.protects is not None:
+            self.prefixes.protection.refresh(held.protects)
+        del self._held[request_id]
+        self.prefixes.unlock(held.hold)
+        self.prefixes.free(state_slots=held.slots, tail_pages=held.tails, kv_pages=held.pages)
+        return left
 
     def _of(self, request_id: str) -> Held:
         try:

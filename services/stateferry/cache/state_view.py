@@ -11,13 +11,15 @@ import torch
 class StateView:
     """In place in a pool: ``pieces`` are contiguous and, back to back, a tensor of ``shape``.
 
-    ``kind`` is the name that the part has in a hand-off.
+    ``kind`` is the name that the part has in a hand-off; ``start`` where it begins along its first
+    dimension, when the whole is handed off in several parts.
     """
 
     kind: str
     layer: int
     shape: tuple[int, ...]
     pieces: tuple[torch.Tensor, ...]
+    start: int = 0
 
     @property
     def dtype(self) -> torch.dtype:

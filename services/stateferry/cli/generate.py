@@ -26,7 +26,7 @@ Texts: TypeAlias = list[str] | None
 _SAME_NAME = (
     "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty presence_penalty "
     "frequency_penalty seed n include_stop ignore_eos logprobs echo prompt_logprobs json_object "
-    "regex tenant cache_salt"
+    "regex tenant cache_salt priority session_id"
 ).split()
 
 
@@ -70,6 +70,8 @@ def generate(
         list[int] | None,
         Option(min=1, metavar="TOKENS", help="Where later prompts will part; repeatable."),
     ] = None,
+    priority: Annotated[int, Option(help="Larger is sooner; -100 to 100.")] = 0,
+    session_id: Annotated[str, Option("--session", help="Of one conversation's turns.")] = "",
     as_json: AsJson = False,
     file: ConfigFile = None,
     settings: Settings = None,

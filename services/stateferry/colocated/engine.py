@@ -24,7 +24,8 @@ from stateferry.engine.prompt_scores import as_scores
 from stateferry.engine.rules import RulesMaker, why_no_token
 from stateferry.engine.runner import ModelRunner
 from stateferry.engine.verify_batch import Run
-from stateferry.scheduler.decode import DecodeScheduler, DecodeStep
+from stateferry.scheduler.decode import DecodeScheduler
+from stateferry.scheduler.decode_step import DecodeStep
 from stateferry.scheduler.extend import ExtendStep
 from stateferry.scheduler.prefill import PrefillScheduler
 from stateferry.worker.launcher import Launcher
@@ -178,7 +179,7 @@ class ColocatedEngine:
 
     def _launch_decode(self) -> None:
         step = self._decode.schedule()
-        if step is not None:
+        if isinstance(step, DecodeStep):
             launch = self._launcher.decode(step, self._running)
             self._launch(launch, partial(self._land_decode, step))
 

@@ -5,12 +5,13 @@ On a worker, ``request_id`` is the attempt's (``Ticket.attempt_id``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stateferry.core.sampling import SamplingParams, StopConditions
 
 MAX_CACHE_SALT_BYTES = 256
 MAX_SNAPSHOT_HINTS = 64
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 
 def cache_salt_of(tenant: str, salt: str) -> str:
@@ -24,7 +25,8 @@ class Continuation:
     """What a decode worker knows of a request: not its prompt, which is folded into the state.
 
     ``seen_prompt_ids`` are the prompt's distinct ids, ascending, if a penalty looks at them, else
-    empty. ``rules`` belong to the worker's sampler, which made them; None for most requests.
+    empty. ``output_ids`` are output of this very request that another attempt gave. ``rules``
+    belong to the worker's sampler, which made them; None for most requests.
     """
 
     request_id: str
@@ -32,6 +34,7 @@ class Continuation:
     stop: StopConditions
     seen_prompt_ids: tuple[int, ...] = ()
     rules: object = field(default=None, compare=False)
+    output_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class GenerationRequest:
     The last ``num_output_ids`` of ``prompt_ids`` are output of this very request, which was
     preempted: it goes on with output token ``num_output_ids``. Nothing cached is shared between
     requests of different ``cache_salt``. ``snapshot_hints`` are positions in the prompt, up to its
-    end, that later ones are expected to have in common with it.
+    end, that later ones are expected to have in common with it. Of requests that wait, one of
+    larger ``priority`` is next. ``session`` names a conversation of the tenant's, or nothing.
     """
 
     request_id: str
@@ -57,12 +61,33 @@ class GenerationRequest:
     cache_salt: str = ""
     snapshot_hints: tuple[int, ...] = ()
     num_output_ids: int = 0
+    priority: int = 0
+    session: str = ""
 
     @property
     def continuation(self) -> Continuation:
         """All but the prompt."""
         seen = self.seen_prompt_ids
-        return Continuation(self.request_id, self.sampling, self.stop, seen, self.rules)
+        return Continuation(
+            self.request_id, self.sampling, self.stop, seen, self.rules, self.output_ids
+        )
+
+    @property
+    def output_ids(self) -> tuple[int, ...]:
+        """Those of ``prompt_ids`` that are output of this very request."""
+        return self.prompt_ids[self.prompt_len - self.num_output_ids :]
+
+    def continued(self, output_ids: tuple[int, ...]) -> GenerationRequest:
+        """To go on behind output that somebody has already. Of a request without such."""
+        if not output_ids:
+            return self
+        return replace(
+            self,
+            prompt_ids=(*self.prompt_ids, *output_ids),
+            num_output_ids=len(output_ids),
+            prompt_logprobs=None,
+            snapshot_hints=(),
+        )
 
     @property
     def seen_prompt_ids(self) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class Ticket:
 
     ``decode`` and ``transfer_address`` are None when no token after the first is wanted, so that
     nothing has to be handed off. ``cache_salt`` is GenerationRequest's: it decides what the workers
-    may reuse.
+    may reuse. ``priority``, ``session`` and ``num_output_ids`` are GenerationRequest's too.
     """
 
     request_id: str
@@ -41,6 +41,9 @@ class Ticket:
     max_tokens: int
     expires_at_s: float
     cache_salt: str = ""
+    priority: int = 0
+    session: str = ""
+    num_output_ids: int = 0
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property

@@ -38,7 +38,8 @@ class PoolSizes:
 @dataclass(frozen=True, slots=True)
 class WorkerDescription:
     """Fixed for one incarnation. Addresses are ``host:port``; ``transfer_address`` is what a
-    transport's ``connect`` takes, None on a worker that receives no state."""
+    transport's ``connect`` takes, None on a worker that receives no state. One that ``preempts``
+    pauses running requests for those of higher priority."""
 
     key: WorkerKey
     role: Role
@@ -51,6 +52,7 @@ class WorkerDescription:
     vocab_size: int
     kernels: str
     pools: PoolSizes
+    preempts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

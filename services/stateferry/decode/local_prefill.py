@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Queue(Protocol):
     """Sequences that wait for memory."""
 
-    @property
-    def num_waiting(self) -> int: ...
+    def anyone_before(self, priority: int, now_s: float) -> bool:
+        """Whether somebody waits who comes before a newcomer of this priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ class LocalPrefill:
         known = self._cache.resumable_tokens(request)
         missing = request.prompt_len - known
         allowed = self._limit_tokens - self.queued_tokens
-        if missing > min(known, allowed) or self._queue.num_waiting:
+        now_s = self._clock.monotonic_s()
+        if missing > min(known, allowed) or self._queue.anyone_before(request.priority, now_s):
             return False
         resumed = self._cache.resume(request, request.total_tokens)
         if resumed is None:
@@ -106,7 +107,7 @@ class LocalPrefill:
         row = ExtendRow(
             lease=self._cache.lease(request_id),
             token_ids=request.prompt_ids[known:],
-            sample=sample_spec(request.continuation, 0),
+            sample=sample_spec(request.continuation, request.num_output_ids),
         )
         token: SampledToken | None = None
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from stateferry.api.server import service_name, start_server
-from stateferry.config import Config
+from stateferry.config import Config, WorkerSection
 from stateferry.core.clock import SystemClock
 from stateferry.core.ids import Role
 from stateferry.core.ticket import TicketDesk, TicketSigner
@@ -17,6 +17,7 @@ from stateferry.decode.local_prefill import LocalPrefill
 from stateferry.decode.loop import DecodeLoop
 from stateferry.decode.servicer import DecodeServicer
 from stateferry.scheduler.decode import DecodeScheduler
+from stateferry.scheduler.standing import Preemption
 from stateferry.transfer.receiver import HandoffReceiver
 from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.host import WorkerHost
@@ -42,7 +43,14 @@ class _Work:
 
     @property
     def queued_tokens(self) -> int:
-        return self.prompts.queued_tokens
+        return self.prompts.queued_tokens + self.sequences.queued_tokens
+
+
+def _preemption(section: WorkerSection, grid: int) -> Preemption | None:
+    if not section.preempt:
+        return None
+    # As much at a time as of prompts that run here, so that the others are not held up for longer.
+    return Preemption(grid, max(grid, section.local_prefill_tokens // grid * grid))
 
 
 async def run_decode(
@@ -54,8 +62,18 @@ async def run_decode(
         parts.cache,
         max_waiting=config.worker.max_queue,
         max_in_flight=parts.steps_in_flight,
+        starvation_s=config.worker.starvation_s,
+        preemption=_preemption(config.worker, parts.grid),
     )
-    loop = DecodeLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
+    loop = DecodeLoop(
+        scheduler,
+        parts.cache,
+        parts.runner,
+        host.executor,
+        clock,
+        host.meter,
+        parts.speculator,
+    )
     transport = build_transport(config.transfer, config.worker.host, config.worker.transfer_port)
     receiver = HandoffReceiver(
         transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
@@ -82,7 +100,9 @@ async def run_decode(
     try:
         transfer_address = await receiver.start()
         server = await start_server(config.worker.host, config.worker.port, register)
-        description = host.describe(Role.DECODE, server.address, transfer_address)
+        description = host.describe(
+            Role.DECODE, server.address, transfer_address, preempts=config.worker.preempt
+        )
         load = host.load_reporter(_Work(scheduler, prompts))
         await serve_until_stopped(server, loop.run(), host, description, load, announce, stop)
     finally:

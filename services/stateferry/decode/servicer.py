@@ -35,7 +35,7 @@ from stateferry.core.errors import FrameError, InvalidRequest, StateferryError
 from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import Continuation, GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
-from stateferry.decode.intake import take_in
+from stateferry.decode.intake import PageIntake, take_in
 from stateferry.decode.local_prefill import LocalPrefill
 from stateferry.decode.loop import DecodeLoop, OutputStep
 from stateferry.engine.rules import as_rules
@@ -92,8 +92,12 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             prompt = replace(prompt, rules=wanted.rules)
         if prompt is not None and self._prompts.begin(prompt):
             events = self._run_here(prompt, wanted)
+        elif request.here_only:
+            yield worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved(declined=True))
+            return
         else:
-            self._loop.admit(wanted.request_id, ticket.prompt_len + wanted.stop.max_tokens)
+            held_tokens = ticket.prompt_len + wanted.stop.max_tokens - ticket.num_output_ids
+            self._loop.admit(wanted.request_id, held_tokens, ticket.priority)
             events = self._receive_state(ticket, prompt, wanted)
         # Only from here on is there anything of this attempt to give back.
         try:
@@ -110,7 +114,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         """All tokens, of a prompt that has begun here."""
         yield worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved(runs_prompt=True))
         ran = await self._prompts.run(prompt)
-        finish = wanted.stop.check(ran.token.token_id, 1)
+        finish = wanted.stop.check(ran.token.token_id, prompt.num_output_ids + 1)
         yield worker_pb2.DecodeEvent(
             first_token=codec.first_token_to_pb(
                 ran.token,
@@ -122,7 +126,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         )
         if finish is None:
             self._prompts.hand_over(prompt.request_id)
-            async for event in _events(self._loop.take_over(wanted, ran.token.token_id)):
+            async for event in _events(self._loop.take_over(wanted, ran.token.token_id, prompt)):
                 yield event
 
     async def _receive_state(
@@ -130,23 +134,27 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     ) -> AsyncGenerator[worker_pb2.DecodeEvent, None]:
         """Tokens 1 and up, of a prompt that a prefill worker runs."""
         await self._loop.reserved(wanted.request_id)
+        pages = PageIntake(ticket.attempt_id, ticket.prompt_len, self._cache)
         expectation = self._receiver.expect(
             ticket.attempt_id,
             ticket.epoch,
             ticket.prefill,
             self._cache.pools.max_sequence_bytes(ticket.prompt_len),
+            on_part=lambda received: self._loop.fill(partial(pages.take_in, received)),
         )
         try:
             yield worker_pb2.DecodeEvent(reserved=worker_pb2.Reserved())
-            meta = await self._receive(expectation, ticket)
+            meta = await self._receive(expectation, ticket, pages)
         finally:
             expectation.cancel()
+            # The lease may go to somebody else once this returns.
+            await expectation.settled()
         if prompt is not None:
             self._cache.adopt(wanted.request_id, prompt)
         rules = as_rules(wanted.rules)
         if rules is not None:
-            rules.observe(0, meta.first_token_id)
-        async for event in _events(self._loop.decode(wanted, meta.first_token_id)):
+            rules.observe(ticket.num_output_ids, meta.first_token_id)
+        async for event in _events(self._loop.decode(wanted, meta.first_token_id, prompt)):
             yield event
 
     def _prompt(
@@ -161,6 +169,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             sampling=sampling_from_pb(request.sampling, self._limits.vocab_size),
             stop=codec.stop_from_pb(request.stop),
             cache_salt=ticket.cache_salt,
+            num_output_ids=ticket.num_output_ids,
+            priority=ticket.priority,
+            session=ticket.session,
         )
         if prompt.prompt_len != ticket.prompt_len:
             raise InvalidRequest("prompt_ids", f"{prompt.prompt_len} ids, not {ticket.prompt_len}")
@@ -168,27 +179,36 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         return prompt
 
     def _accept(self, ticket: Ticket, request: worker_pb2.DecodeRequest) -> Continuation:
+        so_far, num_prompt_ids = ticket.num_output_ids, len(request.prompt_ids)
+        if so_far and num_prompt_ids < so_far:
+            raise InvalidRequest("prompt_ids", "lacks the output so far")
         wanted = Continuation(
             request_id=ticket.attempt_id,
             sampling=sampling_from_pb(request.sampling, self._limits.vocab_size),
             stop=codec.stop_from_pb(request.stop),
             seen_prompt_ids=tuple(request.seen_prompt_ids),
+            output_ids=tuple(request.prompt_ids[num_prompt_ids - so_far :]),
         )
         check_ids("seen_prompt_ids", wanted.seen_prompt_ids, self._limits)
         check_stop_ids(wanted.stop, self._limits)
-        if not 1 < wanted.stop.max_tokens <= ticket.max_tokens:
-            raise InvalidRequest("stop.max_tokens", f"not between 2 and {ticket.max_tokens}")
+        if not so_far + 1 < wanted.stop.max_tokens <= ticket.max_tokens:
+            problem = f"not between {so_far + 2} and {ticket.max_tokens}"
+            raise InvalidRequest("stop.max_tokens", problem)
         limit = self._limits.max_context_tokens
-        if ticket.prompt_len + ticket.max_tokens > limit:
+        if ticket.prompt_len + ticket.max_tokens - so_far > limit:
             raise InvalidRequest("stop.max_tokens", f"exceeds {limit} tokens in all")
         return wanted
 
-    async def _receive(self, expectation: Expectation, ticket: Ticket) -> HandoffMeta:
+    async def _receive(
+        self, expectation: Expectation, ticket: Ticket, pages: PageIntake
+    ) -> HandoffMeta:
+        request_id, prompt_len = ticket.attempt_id, ticket.prompt_len
         try:
             with await expectation.sealed(self._seal_timeout_s) as received:
-                meta = await self._loop.fill(
-                    partial(take_in, received, ticket.attempt_id, ticket.prompt_len, self._cache)
+                last = partial(
+                    take_in, received, request_id, prompt_len, self._cache, pages.num_pages
                 )
+                meta = await self._loop.fill(last)
             if meta.first_token_id >= self._limits.vocab_size:
                 raise FrameError(f"token 0 is {meta.first_token_id}, outside the vocabulary")
         except StateferryError:

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Self
 
 from stateferry.config import AUTO_NICE, Config
-from stateferry.core.errors import Unavailable
+from stateferry.core.errors import InvariantViolation, Unavailable
 from stateferry.core.ids import Role
 from stateferry.local.child import Child, Death
 from stateferry.local.environment import child_environment
@@ -98,6 +98,8 @@ class LocalCluster:
         self._children: dict[str, Child] = {}
         self._addresses: dict[str, dict[str, str]] = {}
         self._deaths: list[Death] = []
+        # Deaths before the last restart.
+        self._num_mourned = 0
         self._stopping = threading.Event()
         self._started = threading.Event()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -141,7 +143,7 @@ class LocalCluster:
             self._spawn_router()
             self._wait_ready({ROUTER}, deadline_s)
             self._spawn_workers()
-            self._wait_joined(deadline_s)
+            self._wait_joined(set(self._workers), deadline_s)
         except BaseException:
             self.stop()
             raise
@@ -149,6 +151,17 @@ class LocalCluster:
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Send one process a signal, for tests of failures."""
         self._children[name].send_signal(number)
+
+    def restart(self, name: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Begin a worker's next life; its last one is over. Returns once the router sees it. Raises
+        Unavailable as ``start``."""
+        self._spawn_again(name)
+        self._wait_joined({name}, time.monotonic() + timeout_s)
+
+    async def restart_beside(self, name: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        """The same, while the event loop runs."""
+        self._spawn_again(name)
+        await asyncio.to_thread(self._wait_joined, {name}, time.monotonic() + timeout_s)
 
     def wait_dead(self, name: str, timeout_s: float) -> bool:
         """Whether the process has ended, been reaped and been reported within ``timeout_s``."""
@@ -199,7 +212,7 @@ class LocalCluster:
             self._spawn_router()
             await asyncio.to_thread(self._wait_ready, {ROUTER}, deadline_s)
             self._spawn_workers()
-            await asyncio.to_thread(self._wait_joined, deadline_s)
+            await asyncio.to_thread(self._wait_joined, set(self._workers), deadline_s)
         except BaseException:
             self.stop()
             raise
@@ -217,17 +230,27 @@ class LocalCluster:
         self._directory = tempfile.TemporaryDirectory(prefix="stateferry-")
         self._spawn(ROUTER, ROUTER, self._config)
 
+    def _spawn_again(self, name: str) -> None:
+        if self._children[name].is_running:
+            raise InvariantViolation(f"{name} is running")
+        self._ready_file(name).unlink(missing_ok=True)
+        self._num_mourned = len(self._deaths)
+        self._spawn_worker(name)
+
     def _spawn_workers(self) -> None:
+        for name in self._workers:
+            self._spawn_worker(name)
+
+    def _spawn_worker(self, name: str) -> None:
+        role = self._workers[name]
+        worker = replace(
+            self._config.worker,
+            id=name,
+            workers_per_machine=max(len(self._workers), self._config.worker.workers_per_machine),
+            step_nice=self._step_nice(role),
+        )
         routers = replace(self._config.cluster, routers=self.router_address)
-        sharing = max(len(self._workers), self._config.worker.workers_per_machine)
-        for name, role in self._workers.items():
-            worker = replace(
-                self._config.worker,
-                id=name,
-                workers_per_machine=sharing,
-                step_nice=self._step_nice(role),
-            )
-            self._spawn(name, role, replace(self._config, cluster=routers, worker=worker))
+        self._spawn(name, role, replace(self._config, cluster=routers, worker=worker))
 
     def _step_nice(self, role: str) -> int:
         asked = self._config.worker.step_nice
@@ -246,13 +269,13 @@ class LocalCluster:
             self._report_death,
         )
 
-    def _wait_joined(self, deadline_s: float) -> None:
-        self._wait_ready(set(self._workers), deadline_s)
-        while missing := self._workers.keys() - self._roster(self.router_address):
+    def _wait_joined(self, names: set[str], deadline_s: float) -> None:
+        self._wait_ready(names, deadline_s)
+        while missing := names - self._roster(self.router_address):
             self._check_alive(missing, deadline_s, "did not join the router")
             time.sleep(_POLL_S)
         self._started.set()
-        for name in self._workers:
+        for name in names:
             self._on_status(name, "joined")
 
     def _wait_ready(self, names: set[str], deadline_s: float) -> None:
@@ -269,8 +292,10 @@ class LocalCluster:
                 time.sleep(_POLL_S)
 
     def _check_alive(self, waiting: set[str], deadline_s: float, problem: str) -> None:
-        if self._deaths:
-            death = self._deaths[0]
+        recent = self._deaths[self._num_mourned :]
+        deaths = [d for d in recent if d.name in waiting or not self._started.is_set()]
+        if deaths:
+            death = deaths[0]
             raise Unavailable("\n".join([f"{death} while starting", *death.last_lines]))
         if self._stopping.is_set():
             raise Unavailable("stopped while starting")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import Clock
@@ -14,7 +14,8 @@ from stateferry.core.sampling import SampledToken
 from stateferry.engine.launch import Launch, Sampled
 from stateferry.engine.rules import why_no_token
 from stateferry.engine.runner import ModelRunner
-from stateferry.scheduler.prefill import ExtendStep, PrefillScheduler
+from stateferry.scheduler.extend import ExtendStep
+from stateferry.scheduler.prefill import PrefillScheduler
 from stateferry.worker.launcher import Launcher
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.pipeline import Pipeline
@@ -36,6 +37,9 @@ class _Pending:
     done: asyncio.Future[ComputedPrompt]
     arrived_s: float
     started_s: float | None = None
+    # Of the prompt, by steps that have come back; those who wait for more of it.
+    landed_tokens: int = 0
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class PrefillLoop:
@@ -55,12 +59,12 @@ class PrefillLoop:
         self._launcher = Launcher(runner, cache)
         self._clock = clock
         self._pending: dict[str, _Pending] = {}
-        self._pipeline: Pipeline[ExtendStep] = Pipeline(
+        self._pipeline: Pipeline[ExtendStep, Sampled] = Pipeline(
             "extend",
             executor,
             clock,
             meter,
-            schedule=scheduler.schedule,
+            schedule=lambda: scheduler.schedule(clock.monotonic_s()),
             plan=self._plan,
             land=self._land,
         )
@@ -68,14 +72,24 @@ class PrefillLoop:
     def submit(self, request: GenerationRequest) -> None:
         """Queue a prompt. Raises Overloaded; if not, the caller must ``abort`` it in the end."""
         # Token 0 is consumed where it is decoded: only the prompt has to be held here.
-        self._scheduler.submit(request, request.prompt_len)
+        now_s = self._clock.monotonic_s()
+        self._scheduler.submit(request, request.prompt_len, now_s)
         done: asyncio.Future[ComputedPrompt] = asyncio.get_running_loop().create_future()
-        self._pending[request.request_id] = _Pending(request, done, self._clock.monotonic_s())
+        self._pending[request.request_id] = _Pending(request, done, now_s)
         self._pipeline.wake()
 
     async def computed(self, request_id: str) -> ComputedPrompt:
         """Token 0 of a submitted prompt, once its state is complete. The lease stays."""
         return await self._pending[request_id].done
+
+    async def advanced(self, request_id: str, beyond: int) -> int:
+        """Waits until more than ``beyond`` tokens of a submitted prompt are computed but not yet
+        all; returns their number. What is known of those in pages does not change any more."""
+        pending = self._pending[request_id]
+        while pending.landed_tokens <= beyond:
+            pending.landed.clear()
+            await pending.landed.wait()
+        return pending.landed_tokens
 
     def abort(self, request_id: str) -> None:
         """Forget a request in any phase; its memory is free once no step can touch it."""
@@ -109,6 +123,11 @@ class PrefillLoop:
                 self._pending.pop(part.request_id, None)
 
     def _complete(self, step: ExtendStep, sampled: Sampled) -> None:
+        for part in step.slices:
+            pending = self._pending.get(part.request_id)
+            if pending is not None and not part.is_last:
+                pending.landed_tokens = part.start + part.length
+                pending.landed.set()
         last = [part.request_id for part in step.slices if part.is_last]
         tokens = dict(zip(last, sampled, strict=True))
         for request_id, token in tokens.items():

@@ -37,6 +37,7 @@ async def run_prefill(
         budget_tokens=config.worker.extend_budget_tokens,
         max_waiting=config.worker.max_queue,
         max_in_flight=parts.steps_in_flight,
+        starvation_s=config.worker.starvation_s,
     )
     loop = PrefillLoop(scheduler, parts.cache, parts.runner, host.executor, clock, host.meter)
     transport = build_transport(config.transfer, config.worker.host, port=0)

@@ -20,11 +20,11 @@ from stateferry.api import worker_codec as codec
 from stateferry.api.sampling_codec import prompt_logprobs_from_pb, sampling_from_pb
 from stateferry.api.status import streams_errors
 from stateferry.core.errors import InvalidRequest, StateferryError
-from stateferry.core.handoff import HandoffMeta
 from stateferry.core.request import GenerationRequest
 from stateferry.core.ticket import Ticket, TicketDesk
 from stateferry.engine.prompt_scores import as_scores
 from stateferry.prefill.loop import PrefillLoop
+from stateferry.prefill.page_stream import PageStream
 from stateferry.prefill.prompt_events import prompt_events
 from stateferry.telemetry.logs import log_request_id
 from stateferry.transfer.sender import HandoffSender, PushReceipt
@@ -32,7 +32,6 @@ from stateferry.v1 import worker_pb2, worker_pb2_grpc
 from stateferry.worker.limits import check_request
 from stateferry.worker.meter import WorkerMeter
 from stateferry.worker.parts import EngineParts
-from stateferry.worker.segments import outgoing_segments
 from stateferry.worker.steering import Steering
 
 log = logging.getLogger(__name__)
@@ -73,11 +72,12 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         wanted = await self._steering.prompt(self._accept(ticket, request))
         self._loop.submit(wanted)
         # Only from here on is there anything of this attempt to give back.
+        stream: PageStream | None = None
         try:
-            if ticket.decode is not None and ticket.transfer_address is not None:
-                self._sender.prepare(ticket.transfer_address, ticket.decode)
+            if ticket.decode is not None:
+                stream = PageStream(ticket, self._loop, self._cache, self._sender)
             computed = await self._loop.computed(wanted.request_id)
-            finish = wanted.stop.check(computed.token.token_id, 1)
+            finish = wanted.stop.check(computed.token.token_id, wanted.num_output_ids + 1)
             for event in prompt_events(as_scores(wanted.scores)):
                 yield event
             yield worker_pb2.PrefillEvent(
@@ -90,7 +90,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 )
             )
             if finish is None:
-                receipt = await self._hand_off(ticket, computed.token.token_id)
+                receipt = await self._hand_off(stream, computed.token.token_id)
                 yield worker_pb2.PrefillEvent(
                     handed_off=worker_pb2.HandedOff(
                         size_bytes=receipt.size_bytes,
@@ -99,6 +99,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                     )
                 )
         finally:
+            if stream is not None:
+                await stream.stop()
             self._loop.abort(wanted.request_id)
 
     def _accept(self, ticket: Ticket, request: worker_pb2.PrefillRequest) -> GenerationRequest:
@@ -109,31 +111,25 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             stop=codec.stop_from_pb(request.stop),
             prompt_logprobs=prompt_logprobs_from_pb(request),
             cache_salt=ticket.cache_salt,
+            num_output_ids=ticket.num_output_ids,
+            priority=ticket.priority,
+            session=ticket.session,
             snapshot_hints=tuple(request.snapshot_hints),
         )
         if wanted.prompt_len != ticket.prompt_len:
             raise InvalidRequest("prompt_ids", f"{wanted.prompt_len} ids, not {ticket.prompt_len}")
         if wanted.stop.max_tokens > ticket.max_tokens:
             raise InvalidRequest("stop.max_tokens", "more than the ticket allows")
-        if wanted.stop.max_tokens > 1 and ticket.decode is None:
+        if wanted.stop.max_tokens - wanted.num_output_ids > 1 and ticket.decode is None:
             raise InvalidRequest("ticket", "names no decode worker though tokens are to follow")
         check_request(wanted, self._limits)
         return wanted
 
-    async def _hand_off(self, ticket: Ticket, first_token_id: int) -> PushReceipt:
-        if ticket.decode is None or ticket.transfer_address is None:
+    async def _hand_off(self, stream: PageStream | None, first_token_id: int) -> PushReceipt:
+        if stream is None:
             raise InvalidRequest("ticket", "names no decode worker")
-        lease = self._cache.lease(ticket.attempt_id)
-        views = self._cache.pools.sequence_views(lease)
         try:
-            receipt = await self._sender.push(
-                address=ticket.transfer_address,
-                receiver=ticket.decode,
-                request_id=ticket.attempt_id,
-                epoch=ticket.epoch,
-                payload=HandoffMeta(lease.position, first_token_id).encode(),
-                segments=outgoing_segments(views),
-            )
+            receipt = await stream.finish(first_token_id)
         except StateferryError:
             self._meter.handoff_failed()
             raise

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stateferry.core.clock import Clock
 from stateferry.core.errors import DeadlineExceeded, InvalidRequest, NoWorker, Overloaded
 from stateferry.core.ids import Role
+from stateferry.core.request import MAX_PRIORITY
+from stateferry.core.waiting_line import WaitingLine
 from stateferry.core.worker import WorkerDescription
 from stateferry.router.membership import Change, ChangeKind, Dispatch, WorkerRegistry, WorkerView
 from stateferry.router.observer import RouterObserver
-from stateferry.router.placement import Need, Placement, place, what_is_missing
+from stateferry.router.placement import Need, Placement, place, place_at_decode, what_is_missing
 
 # How long a request waits for a role that has no worker at all: a restarted worker rejoins faster,
 # and the client still hears of it within two seconds.
@@ -27,22 +29,29 @@ _MAKES_ROOM = {ChangeKind.JOINED, ChangeKind.REPORTED, ChangeKind.RELEASED}
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """``max_requests`` counts all requests inside, waiting or running; each choice is one."""
+    """``max_requests`` counts all requests inside, waiting or running; each choice is one. Who has
+    waited for ``starvation_s`` comes before all others."""
 
     max_requests: int
     max_queue_s: float
+    starvation_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """A placement, counted on its workers. Each side is released when its call has ended."""
+    """A placement, counted on its workers. Each side is released when its call has ended.
+    ``prefill`` is None where the decode worker is to run the prompt or to decline."""
 
     placement: Placement
-    prefill: Dispatch
+    prefill: Dispatch | None
     decode: Dispatch | None
 
+    def release_prefill(self) -> None:
+        if self.prefill is not None:
+            self.prefill.release()
+
     def release(self) -> None:
-        self.prefill.release()
+        self.release_prefill()
         if self.decode is not None:
             self.decode.release()
 
@@ -63,8 +72,9 @@ class _Waiter:
 
 
 class Admission:
-    """``enter`` bounds and tells apart requests; ``take_seats`` waits for workers, first in first
-    out. ``tick`` must be called a few times per second to end waits that are in vain."""
+    """``enter`` bounds and tells apart requests; ``take_seats`` waits for workers, by priority and
+    then first in first out: nobody is served before one that is to be served earlier. ``tick`` must
+    be called a few times per second to end waits that are in vain."""
 
     def __init__(
         self,
@@ -78,7 +88,7 @@ class Admission:
         self._clock = clock
         self._observer = observer
         self._inside: dict[str, int] = {}
-        self._waiting: deque[_Waiter] = deque()
+        self._waiting: WaitingLine[_Waiter] = WaitingLine(limits.starvation_s)
         self._turn = 0
         registry.subscribe(self._on_change)
 
@@ -115,14 +125,16 @@ class Admission:
         Raises Overloaded after ``max_queue_s``, NoWorker when none could ever come free,
         InvalidRequest when none could ever hold it, and DeadlineExceeded.
         """
-        if not self._waiting:
-            seats = self._try(need)
-            if seats is not None:
-                return seats
         now_s = self._clock.monotonic_s()
+        seats = None
+        if not self._waiting.anyone_before(need.priority, now_s):
+            seats = self._try(need)
+        seats = seats or self._try_decode(need)
+        if seats is not None:
+            return seats
         waiter = _Waiter(need, now_s, deadline_s, asyncio.get_running_loop().create_future())
         waiter.note_missing(self._missing(need), now_s)
-        self._waiting.append(waiter)
+        self._waiting.add(waiter, need.priority, now_s)
         self._tell_occupancy()
         try:
             return await waiter.seats
@@ -133,7 +145,7 @@ class Admission:
                 found.result().release()
             raise
         finally:
-            with contextlib.suppress(ValueError):
+            if waiter in self._waiting:
                 self._waiting.remove(waiter)
             self._tell_occupancy()
             # The next in line may need less than this one did.
@@ -150,6 +162,8 @@ class Admission:
                 self._waiting.remove(waiter)
                 if not waiter.seats.done():
                     waiter.seats.set_exception(error)
+        # Whoever has waited too long may need less than the one that was first so far.
+        self._serve_waiting()
 
     def _reason_to_give_up(self, waiter: _Waiter, now_s: float) -> Exception | None:
         if now_s >= waiter.deadline_s:
@@ -179,22 +193,31 @@ class Admission:
             None if decode is None else self._dispatch(decode, need),
         )
 
+    def _try_decode(self, need: Need) -> Seats | None:
+        """Only what nobody who waits would have had sooner for that."""
+        placement = place_at_decode(*self._workers(), need, len(self._waiting))
+        if placement is None or placement.decode is None:
+            return None
+        return Seats(placement, None, self._dispatch(placement.decode, need))
+
     def _dispatch(self, worker: WorkerDescription, need: Need) -> Dispatch:
-        return self._registry.dispatch(worker, need.prompt_len, need.held_tokens(worker.role))
+        pushed_by = need.pushed_by if worker.role is Role.DECODE else MAX_PRIORITY
+        held_tokens = need.held_tokens(worker.role)
+        return self._registry.dispatch(worker, need.prompt_len, held_tokens, pushed_by)
 
     def _on_change(self, change: Change) -> None:
         if change.kind in _MAKES_ROOM:
             self._serve_waiting()
 
     def _serve_waiting(self) -> None:
-        while self._waiting:
-            head = self._waiting[0]
+        now_s = self._clock.monotonic_s()
+        while (head := self._waiting.first(now_s)) is not None:
             if not head.seats.done():
                 seats = self._try(head.need)
                 if seats is None:
                     return
                 head.seats.set_result(seats)
-            self._waiting.popleft()
+            self._waiting.remove(head)
 
     def _tell_occupancy(self) -> None:
         self._observer.occupancy(self.num_in_flight, len(self._waiting))

@@ -10,7 +10,9 @@ or, where the decode worker has nearly all of the prompt already::
     decode  Generate(ticket) -> Reserved(runs_prompt) -> FirstToken -> Tokens 1, 2, ... -> finished
 
 Whatever ends an attempt, both calls are cancelled before it returns, which frees both workers.
-Nothing is retried here; ``epoch`` names the attempt so that a later one can be told apart.
+Nothing is retried here (second_chances.py decides on that); ``epoch`` names the attempt so that a
+later one can be told apart. The first token of a later one is not output token 0 but the one after
+what the client has already: the end of its prompt.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ T = TypeVar("T")
 _SETTLE_S = 0.25
 # Events of one request that may wait for a client that reads slowly; then decode waits too.
 _MAX_EVENTS_AHEAD = 1024
+
+
+class Declined(Exception):
+    """A decode worker that was asked to run the prompt itself has too little of it, or no time. It
+    holds nothing of the request, and nothing has been sent to the client."""
 
 
 @dataclass(slots=True)
@@ -97,6 +104,8 @@ class Attempt:
         self._is_handed_off = False
         self._is_over = False
         self._calls_end_by_themselves = False
+        # Workers that failed, or whose calls did.
+        self.suspects: set[WorkerKey] = set()
         self.figures = WorkerFigures()
         # What was sampled, as far as it came here.
         self.token_ids: list[int] = []
@@ -133,7 +142,10 @@ class Attempt:
     ) -> FinishReason:
         order = self._order
         stub = worker_pb2_grpc.DecodeStub(decode)
-        call = stub.Generate(codec.decode_request_to_pb(order.ticket, order.request))
+        here_only = order.seats.prefill is None
+        call = stub.Generate(
+            codec.decode_request_to_pb(order.ticket, order.request, here_only=here_only)
+        )
         self._calls.append(call)
         runs_prompt = await self._reserved(call)
         guards.append(group.create_task(self._watch_decode(call)))
@@ -163,16 +175,18 @@ class Attempt:
 
     async def _reserved(self, call: Any) -> bool:
         """Whether the decode worker runs the prompt as well."""
-        event = await self._from_worker(call.read(), self._decode_name)
+        event = await self._from_decode(call)
         if event is grpc.aio.EOF or event.WhichOneof("event") != "reserved":
             raise WorkerLost(f"{self._decode_name} did not reserve room")
+        if self._order.seats.prefill is None and not event.reserved.runs_prompt:
+            raise Declined(self._decode_name)
         return bool(event.reserved.runs_prompt)
 
     async def _read_first_of_decode(self, call: Any) -> None:
         """Token 0 of a prompt for which no prefill worker is needed."""
         self.figures.ran_prompt_at_decode = self._is_handed_off = True
-        self._order.seats.prefill.release()
-        event = await self._from_worker(call.read(), self._decode_name)
+        self._order.seats.release_prefill()
+        event = await self._from_decode(call)
         if event is grpc.aio.EOF or event.WhichOneof("event") != "first_token":
             raise WorkerLost(f"{self._decode_name} did not run the prompt that it has")
         self._first.set_result(event.first_token)
@@ -185,7 +199,9 @@ class Attempt:
         self._calls.append(call)
         who = f"prefill worker {self._prefill_key}"
         try:
-            while (event := await self._from_worker(call.read(), who)) is not grpc.aio.EOF:
+            while (
+                event := await self._from_worker(call.read(), who, self._prefill_key)
+            ) is not grpc.aio.EOF:
                 self._take_prefill_event(event)
             if not self._first.done() or not (self._is_over or self._needs_no_handoff):
                 raise WorkerLost(f"{who} ended before it had handed off")
@@ -194,7 +210,7 @@ class Attempt:
             if not (self._is_over or self._is_handed_off):
                 raise
         finally:
-            order.seats.prefill.release()
+            order.seats.release_prefill()
 
     def _take_prefill_event(self, event: worker_pb2.PrefillEvent) -> None:
         kind = event.WhichOneof("event")
@@ -227,11 +243,12 @@ class Attempt:
         token = codec.token_from_pb(first.token)
         if self._echo is not None and self._order.request.prompt_logprobs is not None:
             await self._echo.send_scored(self._scored_prompt)
-        reason = await self._forward(0, [token])
+        index = self._order.request.num_output_ids
+        reason = await self._forward(index, [token])
         if reason is None and first.HasField("finish"):
             reason = _finish_reason(first.finish)
         # The worker applies the same rule; a client is never sent past its own limits.
-        return reason or self._order.request.stop.check(token.token_id, 1)
+        return reason or self._order.request.stop.check(token.token_id, index + 1)
 
     async def _read_decode(self, call: Any, events: asyncio.Queue[Any]) -> None:
         """Takes what decode sends as it comes, so that its place is free when it has finished,
@@ -239,7 +256,7 @@ class Attempt:
         order = self._order
         try:
             while True:
-                event = await self._from_worker(call.read(), self._decode_name)
+                event = await self._from_decode(call)
                 await events.put(event)
                 if event is grpc.aio.EOF or event.WhichOneof("event") == "finished":
                     return
@@ -289,21 +306,34 @@ class Attempt:
         if code is not grpc.StatusCode.OK and not self._is_over:
             nothing = grpc.aio.Metadata()
             failure = grpc.aio.AioRpcError(code, nothing, nothing, await call.details())
-            raise error_from_rpc(failure, self._decode_name)
+            lost = error_from_rpc(failure, self._decode_name)
+            decode = self._order.seats.placement.decode
+            if isinstance(lost, WorkerLost) and decode is not None:
+                self.suspects.add(decode.key)
+            raise lost
 
     async def _watch_loss(self, key: WorkerKey) -> None:
         """Raises WorkerLost when a worker that is still needed goes away."""
         try:
             await self._losses.watch([key])
         except WorkerLost:
+            self.suspects.add(key)
             if not self._is_over and not (self._is_handed_off and key == self._prefill_key):
                 raise
 
-    async def _from_worker(self, answer: Awaitable[T], who: str) -> T:
+    async def _from_worker(self, answer: Awaitable[T], who: str, key: WorkerKey) -> T:
         try:
             return await answer
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, who) from error
+            failure = error_from_rpc(error, who)
+            if isinstance(failure, WorkerLost):
+                self.suspects.add(key)
+            raise failure from error
+
+    async def _from_decode(self, call: Any) -> Any:
+        decode = self._order.seats.placement.decode
+        assert decode is not None
+        return await self._from_worker(call.read(), self._decode_name, decode.key)
 
     async def _settle(self, guards: list[asyncio.Task[None]]) -> None:
         """Wait for the ends that are about to come: a call that ended needs no cancelling."""

@@ -41,8 +41,13 @@ class ClientStream:
         self._choice = choice
         self._last_token_s = 0.0
         self._first_token_s = 0.0
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         self.matched_stop: str | None = None
+        self._has_stalled = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def ttft_s(self) -> float:
@@ -72,7 +77,7 @@ class ClientStream:
             self.matched_stop = match.matched
             if match.matched is not None:
                 break
-        self.num_tokens += taken
+        self.token_ids += (token.token_id for token in tokens[:taken])
         self._measure(taken)
         await self._emit(Delta(index, "".join(pieces), tuple(tokens[:taken]), self._choice))
 
@@ -85,8 +90,15 @@ class ClientStream:
         if last.text:
             await self._emit(Delta(self.num_tokens, last.text, (), self._choice))
 
+    def stall(self) -> None:
+        """The attempt that fed it failed; another one will."""
+        self._has_stalled = True
+
     def _measure(self, num_new: int) -> None:
         now_s = self._clock.monotonic_s()
+        if self._has_stalled:
+            self._has_stalled = False
+            self._observer.resumed(now_s - (self._last_token_s or self._arrived_s))
         if self._first_token_s == 0.0:
             self._first_token_s = now_s
             self._observer.first_token(now_s - self._arrived_s)

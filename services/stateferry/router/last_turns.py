@@ -1,9 +1,10 @@
-"""Which decode worker computed the last turn of a conversation: it has what nobody else has."""
+"""Which workers computed the last turn of a conversation: they have what nobody else has."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from stateferry.core.ids import WorkerKey
 from stateferry.prefix.prefix_hash import chain_hashes, encode_tokens, namespace_of
@@ -16,12 +17,39 @@ _UNITS_NOTED = 2
 _MOST_NOTED = 1 << 16
 
 
+@dataclass(frozen=True, slots=True)
+class LastTurn:
+    """Whom the next one should go to; None: anybody."""
+
+    prefill: WorkerKey | None = None
+    decode: WorkerKey | None = None
+
+
+NOBODY = LastTurn()
+
+
 class LastTurns:
-    """Remembers the last conversations; a hint, which may be out of date."""
+    """Remembers the last conversations; a hint, which may be out of date. Those that have a name
+    are known by it, whatever became of their history."""
 
     def __init__(self, most: int = _MOST_NOTED) -> None:
         self._most = most
         self._workers: OrderedDict[bytes, WorkerKey] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, str], LastTurn] = OrderedDict()
+
+    def note_session(self, cache_salt: str, session: str, turn: LastTurn) -> None:
+        """Where a turn ran; a side that did nothing for it stays what it was."""
+        before = self._sessions.pop((cache_salt, session), NOBODY)
+        self._sessions[cache_salt, session] = LastTurn(
+            turn.prefill or before.prefill, turn.decode or before.decode
+        )
+        while len(self._sessions) > self._most:
+            self._sessions.popitem(last=False)
+
+    def of(self, cache_salt: str, session: str, prompt_ids: Sequence[int]) -> LastTurn:
+        """By the session's name, if it has one and that is known, or by the prompt."""
+        known = self._sessions.get((cache_salt, session)) if session else None
+        return known or LastTurn(decode=self.worker_of(cache_salt, prompt_ids))
 
     def note(self, cache_salt: str, token_ids: Sequence[int], worker: WorkerKey) -> None:
         """``worker`` has consumed exactly these tokens."""

@@ -23,12 +23,14 @@ from stateferry.router.admission import Admission, AdmissionLimits
 from stateferry.router.channels import WorkerChannels
 from stateferry.router.generate import Generation, TicketOffice, Workers
 from stateferry.router.guides import GuideGate
+from stateferry.router.intake import Door
 from stateferry.router.loss import LossBoard
 from stateferry.router.membership import WorkerRegistry
 from stateferry.router.membership_servicer import MembershipServicer
 from stateferry.router.model_info import ModelInfo, read_model_info
 from stateferry.router.observer import RouterObserver
-from stateferry.router.servicer import SERVICE_NAME, Door, InferenceServicer
+from stateferry.router.second_chances import FailoverLimits
+from stateferry.router.servicer import SERVICE_NAME, InferenceServicer
 from stateferry.router.text import Tokenizer
 from stateferry.router.workers import WorkerWatch
 from stateferry.telemetry.exporter import start_exporter
@@ -73,12 +75,18 @@ def build_router(
     registry = WorkerRegistry(clock, section.heartbeat_interval_s)
     channels, losses = WorkerChannels(open_channel), LossBoard()
     watch = WorkerWatch(registry, channels, losses, observer)
-    limits = AdmissionLimits(section.max_requests, section.max_queue_s)
+    limits = AdmissionLimits(section.max_requests, section.max_queue_s, section.starvation_s)
     admission = Admission(limits, registry, clock, observer)
     key = ClusterKey(config.cluster.key.encode())
     office = TicketOffice(TicketSigner(key), section.ticket_lifetime_s, clock)
     generation = Generation(
-        Workers(admission, channels, losses), office, tokenizer, model.vocab_size, clock, observer
+        Workers(admission, channels, losses),
+        office,
+        tokenizer,
+        model.vocab_size,
+        clock,
+        observer,
+        FailoverLimits(section.max_attempts, section.failover_wait_s),
     )
     door = Door(model, _request_limits(config, model), tokenizer, guides, admission)
     return Router(

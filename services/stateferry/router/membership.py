@@ -12,19 +12,28 @@ A worker counts as busy from the moment of dispatch; its own reports add what ot
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from stateferry.core.clock import Clock
 from stateferry.core.errors import HandshakeMismatch, Overloaded, Refused
 from stateferry.core.fingerprint import PROTOCOL_VERSION
 from stateferry.core.ids import Role, WorkerKey
+from stateferry.core.request import MAX_PRIORITY, MIN_PRIORITY
 from stateferry.core.worker import WorkerDescription, WorkerLoad
 
 SILENT_INTERVALS = 3
 # Ids whose newest incarnation is remembered; those of live workers are never forgotten.
 MAX_KNOWN_IDS = 4096
 MAX_WORKERS = 1024
+
+
+@dataclass(slots=True)
+class Share:
+    """What dispatches of one priority have of a worker."""
+
+    requests: int = 0
+    kv_pages: int = 0
 
 
 class ChangeKind(enum.Enum):
@@ -58,7 +67,8 @@ class Registration:
 class WorkerView:
     """A worker as placement and status pages see it.
 
-    ``busy_*`` is this router's dispatches plus what the worker's report holds beyond them.
+    ``busy_*`` is this router's dispatches plus what the worker's report holds beyond them;
+    ``shares`` are of the dispatches, by priority.
     """
 
     description: WorkerDescription
@@ -68,14 +78,27 @@ class WorkerView:
     busy_tokens: int
     busy_kv_pages: int
     silence_s: float
+    shares: Mapping[int, Share] = field(default_factory=dict)
 
-    def has_room(self, held_tokens: int) -> bool:
-        """Whether a sequence of so many tokens could be admitted now."""
-        pools = self.description.pools
+    def has_room(self, held_tokens: int, priority: int = MIN_PRIORITY) -> bool:
+        """Whether a sequence of so many tokens could be admitted now; of a ``priority`` that may
+        push lower ones aside, beside the others alone."""
+        pools, lower = self.description.pools, self.below(priority)
+        kv_pages = self.busy_kv_pages - lower.kv_pages
         return (
-            self.busy_requests < self.description.capacity_requests
-            and self.busy_kv_pages + pools.kv_pages_for(held_tokens) <= pools.kv_pages
+            self.busy_requests - lower.requests < self.description.capacity_requests
+            and kv_pages + pools.kv_pages_for(held_tokens) <= pools.kv_pages
         )
+
+    def below(self, priority: int) -> Share:
+        """What a request of this priority may push aside; nothing where nobody is preempted."""
+        lower = Share()
+        if self.description.preempts:
+            for level, share in self.shares.items():
+                if level < priority:
+                    lower.requests += share.requests
+                    lower.kv_pages += share.kv_pages
+        return lower
 
 
 @dataclass(slots=True)
@@ -87,6 +110,7 @@ class _Member:
     dispatched_requests: int = 0
     dispatched_tokens: int = 0
     dispatched_kv_pages: int = 0
+    shares: dict[int, Share] = field(default_factory=dict)
     # Work that the last report showed beyond what this router had sent by then.
     other_requests: int = 0
     other_tokens: int = 0
@@ -101,6 +125,7 @@ class _Member:
             busy_tokens=self.dispatched_tokens + self.other_tokens,
             busy_kv_pages=self.dispatched_kv_pages + self.other_kv_pages,
             silence_s=now_s - self.last_heard_s,
+            shares=self.shares,
         )
 
 
@@ -108,9 +133,15 @@ class Dispatch:
     """One request counted on one worker until ``release``, which may be called again."""
 
     def __init__(
-        self, registry: WorkerRegistry, worker: WorkerDescription, tokens: int, kv_pages: int
+        self,
+        registry: WorkerRegistry,
+        worker: WorkerDescription,
+        tokens: int,
+        kv_pages: int,
+        priority: int,
     ) -> None:
         self.worker = worker
+        self.priority = priority
         self._registry = registry
         self._tokens = tokens
         self._kv_pages = kv_pages
@@ -119,7 +150,7 @@ class Dispatch:
     def release(self) -> None:
         if self._held:
             self._held = False
-            self._registry.end_dispatch(self.worker, self._tokens, self._kv_pages)
+            self._registry.end_dispatch(self.worker, self._tokens, self._kv_pages, self.priority)
 
 
 class WorkerRegistry:
@@ -158,6 +189,7 @@ class WorkerRegistry:
             member.dispatched_requests = before.dispatched_requests
             member.dispatched_tokens = before.dispatched_tokens
             member.dispatched_kv_pages = before.dispatched_kv_pages
+            member.shares = before.shares
         self._members[key.worker_id] = member
         self._tell(ChangeKind.JOINED, description, "joined")
         return registration
@@ -198,18 +230,29 @@ class WorkerRegistry:
         for member in self._members.values():
             member.last_heard_s = min(now_s, member.last_heard_s + seconds)
 
-    def dispatch(self, worker: WorkerDescription, tokens: int, held_tokens: int) -> Dispatch:
+    def dispatch(
+        self,
+        worker: WorkerDescription,
+        tokens: int,
+        held_tokens: int,
+        priority: int = MAX_PRIORITY,
+    ) -> Dispatch:
         """Count a request on a live worker, from now on: ``tokens`` of its prompt, and the memory
-        of ``held_tokens``."""
+        of ``held_tokens``, from which it may be pushed by those above ``priority``."""
         member = self._members[worker.key.worker_id]
         assert member.description.key == worker.key
         member.dispatched_requests += 1
         member.dispatched_tokens += tokens
         kv_pages = worker.pools.kv_pages_for(held_tokens)
         member.dispatched_kv_pages += kv_pages
-        return Dispatch(self, worker, tokens, kv_pages)
+        share = member.shares.setdefault(priority, Share())
+        share.requests += 1
+        share.kv_pages += kv_pages
+        return Dispatch(self, worker, tokens, kv_pages, priority)
 
-    def end_dispatch(self, worker: WorkerDescription, tokens: int, kv_pages: int) -> None:
+    def end_dispatch(
+        self, worker: WorkerDescription, tokens: int, kv_pages: int, priority: int
+    ) -> None:
         """For Dispatch.release only."""
         member = self._members.get(worker.key.worker_id)
         if member is None or member.description.key != worker.key:
@@ -218,6 +261,11 @@ class WorkerRegistry:
         member.dispatched_requests = max(0, member.dispatched_requests - 1)
         member.dispatched_tokens = max(0, member.dispatched_tokens - tokens)
         member.dispatched_kv_pages = max(0, member.dispatched_kv_pages - kv_pages)
+        share = member.shares.get(priority, Share())
+        share.requests = max(0, share.requests - 1)
+        share.kv_pages = max(0, share.kv_pages - kv_pages)
+        if not share.requests:
+            member.shares.pop(priority, None)
         self._tell(ChangeKind.RELEASED, worker, "a request ended")
 
     def views(self, role: Role) -> list[WorkerView]:

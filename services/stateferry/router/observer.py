@@ -29,6 +29,12 @@ class RouterObserver(Protocol):
     def handoff(self, transport: str, size_bytes: int, seconds: float) -> None:
         """A state went from a prefill to a decode worker."""
 
+    def failed_over(self, cause: str) -> None:
+        """An attempt failed of this kind of error, and another one follows."""
+
+    def resumed(self, seconds: float) -> None:
+        """A stream goes on behind a failure, so long after the token before it."""
+
     def occupancy(self, in_flight: int, waiting: int) -> None:
         """Requests inside the router, and those among them that wait for a worker."""
 
@@ -58,6 +64,12 @@ class NoObserver:
         return None
 
     def handoff(self, transport: str, size_bytes: int, seconds: float) -> None:
+        return None
+
+    def failed_over(self, cause: str) -> None:
+        return None
+
+    def resumed(self, seconds: float) -> None:
         return None
 
     def occupancy(self, in_flight: int, waiting: int) -> None:

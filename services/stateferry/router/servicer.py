@@ -17,9 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -30,14 +28,11 @@ from stateferry.api.status import abort, code_of
 from stateferry.core.clock import Clock
 from stateferry.core.errors import InvalidRequest, Overloaded
 from stateferry.core.ids import Role
-from stateferry.router.admission import Admission
 from stateferry.router.choices import run_choices
-from stateferry.router.generate import Generation, Job
-from stateferry.router.guides import GuideGate
+from stateferry.router.generate import Generation
+from stateferry.router.intake import Door, make_job
 from stateferry.router.membership import WorkerRegistry
-from stateferry.router.model_info import ModelInfo
 from stateferry.router.observer import RouterObserver
-from stateferry.router.text import TextRules, Tokenizer
 from stateferry.telemetry.logs import log_request_id
 from stateferry.v1 import inference_pb2
 
@@ -48,17 +43,6 @@ SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CLIENT_STALL_S = 60.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """What a call needs before it may wait for workers."""
-
-    model: ModelInfo
-    limits: codec.RequestLimits
-    tokenizer: Tokenizer
-    guides: GuideGate
-    admission: Admission
 
 
 class InferenceServicer:
@@ -98,7 +82,7 @@ class InferenceServicer:
             log_request_id(client.request_id)
             num_choices = client.answer.num_choices
             with self._door.admission.enter(client.request_id, num_choices):
-                job = await self._job(client, arrived_s, remaining_s)
+                job = await make_job(self._door, client, arrived_s, remaining_s)
                 await run_choices(self._generation, job, num_choices, writer.emit, writer.finish)
 
     async def ListModels(self, payload: bytes, context: Context) -> bytes:
@@ -113,34 +97,6 @@ class InferenceServicer:
             decode_workers=len(self._registry.views(Role.DECODE)),
         )
         return answer_codec.models_to_bytes([listing])
-
-    async def _job(
-        self, client: codec.ClientRequest, arrived_s: float, remaining_s: float | None
-    ) -> Job:
-        prompt, answer = client.prompt, client.answer
-        ids = await self._door.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        request = codec.complete_request(client, ids, self._door.limits)
-        await self._door.guides.check(client.sampling.guide)
-        return Job(
-            request=request,
-            tenant=client.tenant,
-            text=TextRules(
-                stop_strings=client.stop.strings,
-                stop_token_ids=request.stop.stop_token_ids,
-                min_tokens=request.stop.min_tokens,
-                include_stop=answer.include_stop,
-                skip_special_tokens=answer.skip_special_tokens,
-            ),
-            arrived_s=arrived_s,
-            deadline_s=math.inf if remaining_s is None else arrived_s + remaining_s,
-            echo_text=self._echo_text(prompt, answer) if answer.echo else None,
-        )
-
-    def _echo_text(self, prompt: str | tuple[int, ...], answer: codec.AnswerOptions) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        skip = answer.skip_special_tokens
-        return self._door.tokenizer.decode(prompt, skip_special_tokens=skip)
 
     @contextlib.asynccontextmanager
     async def _call(self, context: Context, writer: ResponseWriter) -> AsyncIterator[None]:

@@ -53,12 +53,16 @@ class Tokenizer:
         """Ids the tokenizer knows; a model's vocabulary may be padded beyond it."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    async def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of ``text``; a long one does not hold up the event loop."""
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of ``text``; a long one does not hold up the event loop. Without
+        ``add_special_tokens`` it holds those that it needs."""
         if len(text) <= _INLINE_CHARS:
-            return tuple(self._tokenizer.encode(text).ids)
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return tuple(encoding.ids)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._encode_long, text)
+        return await loop.run_in_executor(
+            self._executor, self._encode_long, text, add_special_tokens
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
@@ -68,9 +72,10 @@ class Tokenizer:
         """Stop the thread; what it runs comes to its end first."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _encode_long(self, text: str) -> tuple[int, ...]:
+    def _encode_long(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         # Of the library's calls, only those on a batch let go of the interpreter lock.
-        return tuple(self._tokenizer.encode_batch([text])[0].ids)
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
 
 class Detokenizer:

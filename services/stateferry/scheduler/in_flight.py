@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Generic, TypeVar
 
 from stateferry.core.errors import InvariantViolation
@@ -33,6 +33,11 @@ class InFlight(Generic[StepT]):
     @property
     def num_leaving(self) -> int:
         return len(self._leaving)
+
+    @property
+    def leaving(self) -> Set[str]:
+        """Requests that were let go, and have their memory yet."""
+        return self._leaving
 
     def is_leaving(self, request_id: str) -> bool:
         """Whether the request was let go, and still has its memory."""

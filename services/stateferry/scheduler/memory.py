@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from stateferry.core.request import GenerationRequest
@@ -32,3 +33,21 @@ class PromptMemory(StateMemory, Protocol):
         """Lease the memory of a prompt's sequence of at most ``num_tokens``; returns how many of
         the prompt's tokens need no forward, all of them if it is known to its end. None when there
         is not enough memory now."""
+
+
+class PreemptibleMemory(PromptMemory, Protocol):
+    """Memory whose sequences may have to make way for others."""
+
+    def fits_without(self, num_tokens: int, request_ids: Collection[str]) -> bool:
+        """Whether a sequence of at most ``num_tokens`` would have room once these gave theirs back.
+        May say no where what they share with others would come free as well."""
+
+    def park(self, request_id: str) -> None:
+        """Return the memory of a sequence that will come back: what it leaves is kept as long as
+        there is something else to take."""
+
+    def forget(self, request_id: str) -> None:
+        """A parked sequence will not come back."""
+
+    def publish(self, request_id: str) -> None:
+        """A resumed sequence has caught up with where it was."""

@@ -1,4 +1,4 @@
-"""Which prompt tokens run next: first come, first served, cut on the grid, within a token budget.
+"""Which prompt tokens run next: by priority and arrival, cut on the grid, within a token budget.
 
 Life of a job::
 
@@ -11,66 +11,22 @@ come back or not.
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+import math
 
 from stateferry.core.errors import ConfigError, InvariantViolation, Overloaded
 from stateferry.core.request import GenerationRequest
+from stateferry.core.waiting_line import WaitingLine
+from stateferry.scheduler.extend import ExtendJob, ExtendStep, take_slices
 from stateferry.scheduler.in_flight import InFlight
 from stateferry.scheduler.memory import PromptMemory
 
 
-@dataclass(frozen=True, slots=True)
-class ExtendSlice:
-    """Compute prompt tokens ``[start, start + length)`` of one request; none where the whole prompt
-    was known already and token 0 follows without a forward."""
-
-    request_id: str
-    start: int
-    length: int
-    is_last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ExtendStep:
-    """What one forward pass computes; never empty. Slices without tokens are last."""
-
-    slices: tuple[ExtendSlice, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.slices)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(part.length for part in self.slices)
-
-
-@dataclass(slots=True)
-class _Job:
-    request: GenerationRequest
-    held_tokens: int
-    launched_len: int = 0
-    # All of it: a prompt that was known has a slice without tokens.
-    is_launched: bool = False
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def prompt_len(self) -> int:
-        return self.request.prompt_len
-
-    def take(self, part: ExtendSlice) -> None:
-        """The slice is launched."""
-        self.launched_len += part.length
-        self.is_launched = part.is_last
-
-
 class PrefillScheduler:
     """Chunked prefill. Each step: ``schedule``, run it, ``complete`` or ``fail``; up to
-    ``max_in_flight`` of them at once, which run and end in order."""
+    ``max_in_flight`` of them at once, which run and end in order.
+
+    ``now_s`` is the caller's time, in seconds; a prompt that has waited for memory or for its next
+    slice for ``starvation_s`` since it was submitted comes before all others."""
 
     def __init__(
         self,
@@ -80,6 +36,7 @@ class PrefillScheduler:
         budget_tokens: int,
         max_waiting: int,
         max_in_flight: int = 1,
+        starvation_s: float = math.inf,
     ) -> None:
         if budget_tokens < grid:
             raise ConfigError(
@@ -89,41 +46,35 @@ class PrefillScheduler:
         self._grid = grid
         self._budget_tokens = budget_tokens
         self._max_waiting = max_waiting
-        self._waiting: deque[_Job] = deque()
-        self._running: dict[str, _Job] = {}
+        self._jobs: dict[str, ExtendJob] = {}
+        self._waiting: WaitingLine[str] = WaitingLine(starvation_s)
+        # Those that hold memory, and of which something is to be launched.
+        self._extending: WaitingLine[str] = WaitingLine(starvation_s)
         self._computed: set[str] = set()
         self._in_flight: InFlight[ExtendStep] = InFlight(max_in_flight, memory.release)
 
-    def submit(self, request: GenerationRequest, held_tokens: int) -> None:
+    def submit(self, request: GenerationRequest, held_tokens: int, now_s: float = 0.0) -> None:
         """Queue a prompt. ``held_tokens`` is the most that the sequence will ever have here, at
         least the prompt's. Raises Overloaded when the queue is full."""
         if self.knows(request.request_id):
             raise InvariantViolation(f"{request.request_id} was submitted twice")
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts are waiting already")
-        self._waiting.append(_Job(request, held_tokens))
+        self._jobs[request.request_id] = ExtendJob(request, held_tokens, now_s)
+        self._waiting.add(request.request_id, request.priority, now_s)
 
-    def schedule(self) -> ExtendStep | None:
+    def schedule(self, now_s: float = 0.0) -> ExtendStep | None:
         """The next step, which is in flight from now on; None when nothing can run now."""
         if self._in_flight.is_full:
             return None
-        self._admit()
-        computed: list[ExtendSlice] = []
-        known: list[ExtendSlice] = []
-        left = self._budget_tokens
-        for job in self._running.values():
-            if job.is_launched:
-                continue
-            part = self._cut(job, left)
-            if part is None:
-                break
-            (computed if part.length else known).append(part)
-            left -= part.length
-        if not computed and not known:
+        self._admit(now_s)
+        jobs = (self._jobs[request_id] for request_id in self._extending.in_order(now_s))
+        step = take_slices(jobs, self._budget_tokens, self._grid)
+        if step is None:
             return None
-        step = ExtendStep((*computed, *known))
         for part in step.slices:
-            self._running[part.request_id].take(part)
+            if part.is_last:
+                self._extending.remove(part.request_id)
         self._in_flight.launch(step, (part.request_id for part in step.slices))
         return step
 
@@ -137,7 +88,7 @@ class PrefillScheduler:
             if part.is_last and part.request_id not in unwanted
         ]
         for request_id in finished:
-            del self._running[request_id]
+            del self._jobs[request_id]
             self._computed.add(request_id)
         return tuple(finished)
 
@@ -145,8 +96,7 @@ class PrefillScheduler:
         """The oldest step did not run to its end: the requests that it touched are lost."""
         for part in step.slices:
             self._memory.spoil(part.request_id)
-            if self._running.pop(part.request_id, None) is not None:
-                self._in_flight.let_go(part.request_id)
+            self._stop(part.request_id)
         self._in_flight.land(step)
 
     def release(self, request_id: str) -> None:
@@ -162,18 +112,18 @@ class PrefillScheduler:
         """Forget a request in any phase. Unknown ids are ignored: it may have ended already."""
         if request_id in self._computed:
             self.release(request_id)
-        elif self._running.pop(request_id, None) is not None:
-            self._in_flight.let_go(request_id)
+        elif request_id in self._waiting:
+            self._waiting.remove(request_id)
+            del self._jobs[request_id]
         else:
-            self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
+            self._stop(request_id)
 
     def knows(self, request_id: str) -> bool:
         """Whether the request still has anything here, memory included."""
         return (
-            request_id in self._running
+            request_id in self._jobs
             or request_id in self._computed
             or self._in_flight.is_leaving(request_id)
-            or any(job.request_id == request_id for job in self._waiting)
         )
 
     @property
@@ -183,31 +133,28 @@ class PrefillScheduler:
     @property
     def num_active(self) -> int:
         """Requests that hold memory."""
-        return len(self._running) + len(self._computed) + self._in_flight.num_leaving
+        running = len(self._jobs) - len(self._waiting)
+        return running + len(self._computed) + self._in_flight.num_leaving
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens not computed yet."""
-        jobs = (*self._waiting, *self._running.values())
         launched = sum(step.num_tokens for step in self._in_flight.steps)
-        return launched + sum(job.prompt_len - job.launched_len for job in jobs)
+        return launched + sum(job.missing_len for job in self._jobs.values())
 
-    def _admit(self) -> None:
-        while self._waiting:
-            job = self._waiting[0]
+    def _admit(self, now_s: float) -> None:
+        while (request_id := self._waiting.first(now_s)) is not None:
+            job = self._jobs[request_id]
             resumed = self._memory.resume(job.request, job.held_tokens)
             if resumed is None:
                 return
             job.launched_len = resumed
-            self._running[job.request_id] = self._waiting.popleft()
+            self._waiting.remove(request_id)
+            self._extending.add(request_id, job.request.priority, job.since_s)
 
-    def _cut(self, job: _Job, budget_tokens: int) -> ExtendSlice | None:
-        start = job.launched_len
-        remaining = job.prompt_len - start
-        if remaining <= budget_tokens:
-            return ExtendSlice(job.request_id, start, remaining, is_last=True)
-        # A cut on the grid leaves a finished state behind instead of a tail to read again.
-        end = (start + budget_tokens) // self._grid * self._grid
-        if end <= start:
-            return None
-        return ExtendSlice(job.request_id, start, end - start, is_last=False)
+    def _stop(self, request_id: str) -> None:
+        """Of a prompt that holds memory, if it is one."""
+        if self._jobs.pop(request_id, None) is not None:
+            if request_id in self._extending:
+                self._extending.remove(request_id)
+            self._in_flight.let_go(request_id)

@@ -54,6 +54,18 @@ _FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = 
             "host_restored_bytes": ("restored",),
         },
     ),
+    "stateferry_cache_protections": (
+        "Snapshots that are to be evicted last, of sessions and of preempted sequences: protected, "
+        "needed no longer, too old, more than the budget; and evicted all the same.",
+        ("event",),
+        {
+            "protections_begun": ("begun",),
+            "protections_ended": ("ended",),
+            "protections_expired": ("expired",),
+            "protections_over_budget": ("over_budget",),
+            "protected_evicted": ("evicted",),
+        },
+    ),
     "stateferry_cache_copies": (
         "Pages copied because a sequence goes on writing where a snapshot ends.",
         ("kind",),

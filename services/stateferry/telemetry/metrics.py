@@ -70,6 +70,16 @@ class RouterMetrics:
         self._handoff_time = seconds(
             "handoff", "From the start of a push to its seal.", buckets.HANDOFF_SECONDS
         )
+        self._failovers = counter(
+            "failovers_total",
+            "Attempts at a request that failed, and were followed by another, by kind of error.",
+            ("cause",),
+        )
+        self._stall = seconds(
+            "failover_stall",
+            "Between two tokens of a stream with a failure between them.",
+            buckets.WAIT_SECONDS,
+        )
         self._workers = gauge("workers", "Live workers.", ("role",))
         for role in Role:
             # Zero from the start: an absent series cannot raise an alarm.
@@ -105,6 +115,14 @@ class RouterMetrics:
         """A state went from a prefill to a decode worker."""
         self._handoff_size.labels(transport).inc(size_bytes)
         self._handoff_time.observe(seconds)
+
+    def failed_over(self, cause: str) -> None:
+        """An attempt failed of this kind of error, and another one follows."""
+        self._failovers.labels(cause).inc()
+
+    def resumed(self, seconds: float) -> None:
+        """A stream goes on behind a failure, so long after the token before it."""
+        self._stall.observe(seconds)
 
     def occupancy(self, in_flight: int, waiting: int) -> None:
         """Requests inside the router, and those among them that wait for a worker."""
@@ -165,6 +183,16 @@ class WorkerMetrics:
         self._handoff_size = histogram(
             "handoff_bytes", "Payload of a sealed hand-off.", buckets.HANDOFF_BYTES
         )
+        self._preemptions = Counter(
+            "stateferry_worker_preemptions_total",
+            "Decoding sequences that had to pause for one of higher priority.",
+            registry=registry,
+        )
+        self._recomputed = Counter(
+            "stateferry_worker_recomputed_tokens_total",
+            "Tokens of preempted sequences that were computed again: the cache had lost them.",
+            registry=registry,
+        )
         for result in ("sealed", "failed"):
             self._handoffs.labels(result)
 
@@ -177,6 +205,11 @@ class WorkerMetrics:
     def observe_gap(self, kind: str, seconds: float) -> None:
         """The engine had nothing to run before such a pass, though there was work."""
         self._gap_time.labels(kind).observe(seconds)
+
+    def preempted(self, sequences: int, recomputed_tokens: int) -> None:
+        """More sequences had to pause; more tokens are computed again after a pause."""
+        self._preemptions.inc(sequences)
+        self._recomputed.inc(recomputed_tokens)
 
     def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
         """A hand-off is complete."""

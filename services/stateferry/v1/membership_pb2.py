@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1estateferry/v1/membership.proto\x12\rstateferry.v1\"|\n\x0cWorkerReport\x12\x37\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .stateferry.v1.SignedDescriptionH\x00\x12)\n\x04load\x18\x02 \x01(\x0b\x32\x19.stateferry.v1.WorkerLoadH\x00\x42\x08\n\x06report\"5\n\x11SignedDescription\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\")\n\tJoinReply\x12\x1c\n\x14heartbeat_interval_s\x18\x01 \x01(\x01\"\xe9\x02\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.stateferry.v1.WorkerRole\x12\x14\n\x0cgrpc_address\x18\x04 \x01(\t\x12\x18\n\x10transfer_address\x18\x05 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x06 \x01(\t\x12\x35\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32 .stateferry.v1.WorkerFingerprint\x12\x19\n\x11\x63\x61pacity_requests\x18\x08 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x0f\n\x07kernels\x18\n \x01(\t\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\'\n\x05pools\x18\x0c \x01(\x0b\x32\x18.stateferry.v1.PoolSizes\"\xbb\x01\n\tPoolSizes\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\x13\n\x0bstate_slots\x18\x02 \x01(\r\x12\x12\n\ntail_pages\x18\x03 \x01(\r\x12\x10\n\x08kv_pages\x18\x04 \x01(\r\x12\x16\n\x0ekv_page_tokens\x18\x05 \x01(\r\x12\x18\n\x10state_slot_bytes\x18\x06 \x01(\x04\x12\x17\n\x0ftail_page_bytes\x18\x07 \x01(\x04\x12\x15\n\rkv_page_bytes\x18\x08 \x01(\x04\"\x8b\x01\n\x11WorkerFingerprint\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x13\n\x0bgrid_tokens\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x10\n\x08numerics\x18\x07 \x01(\t\"\xfe\x01\n\nWorkerLoad\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x02 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\x04\x12\x18\n\x10state_slots_free\x18\x05 \x01(\r\x12\x19\n\x11state_slots_total\x18\x06 \x01(\r\x12\x17\n\x0ftail_pages_free\x18\x07 \x01(\r\x12\x18\n\x10tail_pages_total\x18\x08 \x01(\r\x12\x15\n\rkv_pages_free\x18\t \x01(\r\x12\x16\n\x0ekv_pages_total\x18\n \x01(\r\"\x14\n\x12ListWorkersRequest\"C\n\x13ListWorkersResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.stateferry.v1.WorkerStatus\"\x9e\x01\n\x0cWorkerStatus\x12\x35\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .stateferry.v1.WorkerDescription\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.stateferry.v1.WorkerLoad\x12\x1b\n\x13\x64ispatched_requests\x18\x03 \x01(\r\x12\x11\n\tsilence_s\x18\x04 \x01(\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xa5\x01\n\nMembership\x12\x41\n\x04Join\x12\x1b.stateferry.v1.WorkerReport\x1a\x18.stateferry.v1.JoinReply(\x01\x30\x01\x12T\n\x0bListWorkers\x12!.stateferry.v1.ListWorkersRequest\x1a\".stateferry.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1estateferry/v1/membership.proto\x12\rstateferry.v1\"|\n\x0cWorkerReport\x12\x37\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .stateferry.v1.SignedDescriptionH\x00\x12)\n\x04load\x18\x02 \x01(\x0b\x32\x19.stateferry.v1.WorkerLoadH\x00\x42\x08\n\x06report\"5\n\x11SignedDescription\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\")\n\tJoinReply\x12\x1c\n\x14heartbeat_interval_s\x18\x01 \x01(\x01\"\xfb\x02\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.stateferry.v1.WorkerRole\x12\x14\n\x0cgrpc_address\x18\x04 \x01(\t\x12\x18\n\x10transfer_address\x18\x05 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x06 \x01(\t\x12\x35\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32 .stateferry.v1.WorkerFingerprint\x12\x19\n\x11\x63\x61pacity_requests\x18\x08 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x0f\n\x07kernels\x18\n \x01(\t\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\'\n\x05pools\x18\x0c \x01(\x0b\x32\x18.stateferry.v1.PoolSizes\x12\x10\n\x08preempts\x18\r \x01(\x08\"\xbb\x01\n\tPoolSizes\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\x13\n\x0bstate_slots\x18\x02 \x01(\r\x12\x12\n\ntail_pages\x18\x03 \x01(\r\x12\x10\n\x08kv_pages\x18\x04 \x01(\r\x12\x16\n\x0ekv_page_tokens\x18\x05 \x01(\r\x12\x18\n\x10state_slot_bytes\x18\x06 \x01(\x04\x12\x17\n\x0ftail_page_bytes\x18\x07 \x01(\x04\x12\x15\n\rkv_page_bytes\x18\x08 \x01(\x04\"\x8b\x01\n\x11WorkerFingerprint\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x13\n\x0bgrid_tokens\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x10\n\x08numerics\x18\x07 \x01(\t\"\xfe\x01\n\nWorkerLoad\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x02 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\x04\x12\x18\n\x10state_slots_free\x18\x05 \x01(\r\x12\x19\n\x11state_slots_total\x18\x06 \x01(\r\x12\x17\n\x0ftail_pages_free\x18\x07 \x01(\r\x12\x18\n\x10tail_pages_total\x18\x08 \x01(\r\x12\x15\n\rkv_pages_free\x18\t \x01(\r\x12\x16\n\x0ekv_pages_total\x18\n \x01(\r\"\x14\n\x12ListWorkersRequest\"C\n\x13ListWorkersResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.stateferry.v1.WorkerStatus\"\x9e\x01\n\x0cWorkerStatus\x12\x35\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .stateferry.v1.WorkerDescription\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.stateferry.v1.WorkerLoad\x12\x1b\n\x13\x64ispatched_requests\x18\x03 \x01(\r\x12\x11\n\tsilence_s\x18\x04 \x01(\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xa5\x01\n\nMembership\x12\x41\n\x04Join\x12\x1b.stateferry.v1.WorkerReport\x1a\x18.stateferry.v1.JoinReply(\x01\x30\x01\x12T\n\x0bListWorkers\x12!.stateferry.v1.ListWorkersRequest\x1a\".stateferry.v1.ListWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stateferry.v1.membership_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1478
-  _globals['_WORKERROLE']._serialized_end=1568
+  _globals['_WORKERROLE']._serialized_start=1496
+  _globals['_WORKERROLE']._serialized_end=1586
   _globals['_WORKERREPORT']._serialized_start=49
   _globals['_WORKERREPORT']._serialized_end=173
   _globals['_SIGNEDDESCRIPTION']._serialized_start=175
@@ -40,19 +40,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINREPLY']._serialized_start=230
   _globals['_JOINREPLY']._serialized_end=271
   _globals['_WORKERDESCRIPTION']._serialized_start=274
-  _globals['_WORKERDESCRIPTION']._serialized_end=635
-  _globals['_POOLSIZES']._serialized_start=638
-  _globals['_POOLSIZES']._serialized_end=825
-  _globals['_WORKERFINGERPRINT']._serialized_start=828
-  _globals['_WORKERFINGERPRINT']._serialized_end=967
-  _globals['_WORKERLOAD']._serialized_start=970
-  _globals['_WORKERLOAD']._serialized_end=1224
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1226
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1246
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1248
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1315
-  _globals['_WORKERSTATUS']._serialized_start=1318
-  _globals['_WORKERSTATUS']._serialized_end=1476
-  _globals['_MEMBERSHIP']._serialized_start=1571
-  _globals['_MEMBERSHIP']._serialized_end=1736
+  _globals['_WORKERDESCRIPTION']._serialized_end=653
+  _globals['_POOLSIZES']._serialized_start=656
+  _globals['_POOLSIZES']._serialized_end=843
+  _globals['_WORKERFINGERPRINT']._serialized_start=846
+  _globals['_WORKERFINGERPRINT']._serialized_end=985
+  _globals['_WORKERLOAD']._serialized_start=988
+  _globals['_WORKERLOAD']._serialized_end=1242
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1244
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1264
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1266
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1333
+  _globals['_WORKERSTATUS']._serialized_start=1336
+  _globals['_WORKERSTATUS']._serialized_end=1494
+  _globals['_MEMBERSHIP']._serialized_start=1589
+  _globals['_MEMBERSHIP']._serialized_end=1754
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class JoinReply(_message.Message):
     def __init__(self, heartbeat_interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "grpc_address", "transfer_address", "metrics_address", "fingerprint", "capacity_requests", "max_context_tokens", "kernels", "vocab_size", "pools")
+    __slots__ = ("worker_id", "incarnation", "role", "grpc_address", "transfer_address", "metrics_address", "fingerprint", "capacity_requests", "max_context_tokens", "kernels", "vocab_size", "pools", "preempts")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class WorkerDescription(_message.Message):
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     role: WorkerRole
@@ -64,7 +65,8 @@ class WorkerDescription(_message.Message):
     kernels: str
     vocab_size: int
     pools: PoolSizes
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., grpc_address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., fingerprint: _Optional[_Union[WorkerFingerprint, _Mapping]] = ..., capacity_requests: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kernels: _Optional[str] = ..., vocab_size: _Optional[int] = ..., pools: _Optional[_Union[PoolSizes, _Mapping]] = ...) -> None: ...
+    preempts: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., grpc_address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., fingerprint: _Optional[_Union[WorkerFingerprint, _Mapping]] = ..., capacity_requests: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., kernels: _Optional[str] = ..., vocab_size: _Optional[int] = ..., pools: _Optional[_Union[PoolSizes, _Mapping]] = ..., preempts: _Optional[bool] = ...) -> None: ...
 
 class PoolSizes(_message.Message):
     __slots__ = ("sequences", "state_slots", "tail_pages", "kv_pages", "kv_page_tokens", "state_slot_bytes", "tail_page_bytes", "kv_page_bytes")

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astateferry/v1/worker.proto\x12\rstateferry.v1\"\xd8\x01\n\x0ePrefillRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x04 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\x12\x1c\n\x0fprompt_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0esnapshot_hints\x18\x06 \x03(\rB\x12\n\x10_prompt_logprobs\"\xaf\x01\n\x0cPrefillEvent\x12\x30\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x19.stateferry.v1.FirstTokenH\x00\x12.\n\nhanded_off\x18\x02 \x01(\x0b\x32\x18.stateferry.v1.HandedOffH\x00\x12\x34\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.PromptTokensH\x00\x42\x07\n\x05\x65vent\"I\n\x0cPromptTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"\xb7\x01\n\nFirstToken\x12)\n\x05token\x18\x01 \x01(\x0b\x32\x1a.stateferry.v1.OutputToken\x12+\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinish\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x06 \x01(\r\"F\n\tHandedOff\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x11\n\ttransport\x18\x03 \x01(\t\"\xa6\x01\n\rDecodeRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\x12\x17\n\x0fseen_prompt_ids\x18\x04 \x03(\r\x12\x12\n\nprompt_ids\x18\x05 \x03(\r\"\xcf\x01\n\x0b\x44\x65\x63odeEvent\x12+\n\x08reserved\x18\x01 \x01(\x0b\x32\x17.stateferry.v1.ReservedH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.stateferry.v1.TokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinishH\x00\x12\x30\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x19.stateferry.v1.FirstTokenH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x08Reserved\x12\x13\n\x0bruns_prompt\x18\x01 \x01(\x08\"C\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"i\n\x0bOutputToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.stateferry.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"A\n\x0cWorkerFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.stateferry.v1.WorkerFinishReason\"\x96\x02\n\x0eWorkerSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x31\n\tpenalties\x18\x07 \x01(\x0b\x32\x1e.stateferry.v1.WorkerPenalties\x12\x32\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x1e.stateferry.v1.WorkerLogitBias\x12)\n\x05guide\x18\t \x01(\x0b\x32\x1a.stateferry.v1.WorkerGuideB\x0b\n\t_logprobs\"J\n\x0fWorkerPenalties\x12\x12\n\nrepetition\x18\x01 \x01(\x02\x12\x10\n\x08presence\x18\x02 \x01(\x02\x12\x11\n\tfrequency\x18\x03 \x01(\x02\"1\n\x0fWorkerLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"+\n\x0bWorkerGuide\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"L\n\nWorkerStop\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r*z\n\x12WorkerFinishReason\x12$\n WORKER_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19WORKER_FINISH_REASON_STOP\x10\x01\x12\x1f\n\x1bWORKER_FINISH_REASON_LENGTH\x10\x02\x32N\n\x07Prefill\x12\x43\n\x03Run\x12\x1d.stateferry.v1.PrefillRequest\x1a\x1b.stateferry.v1.PrefillEvent0\x01\x32P\n\x06\x44\x65\x63ode\x12\x46\n\x08Generate\x12\x1c.stateferry.v1.DecodeRequest\x1a\x1a.stateferry.v1.DecodeEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astateferry/v1/worker.proto\x12\rstateferry.v1\"\xd8\x01\n\x0ePrefillRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x04 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\x12\x1c\n\x0fprompt_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0esnapshot_hints\x18\x06 \x03(\rB\x12\n\x10_prompt_logprobs\"\xaf\x01\n\x0cPrefillEvent\x12\x30\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x19.stateferry.v1.FirstTokenH\x00\x12.\n\nhanded_off\x18\x02 \x01(\x0b\x32\x18.stateferry.v1.HandedOffH\x00\x12\x34\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.PromptTokensH\x00\x42\x07\n\x05\x65vent\"I\n\x0cPromptTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"\xb7\x01\n\nFirstToken\x12)\n\x05token\x18\x01 \x01(\x0b\x32\x1a.stateferry.v1.OutputToken\x12+\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinish\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x15\n\rprefix_tokens\x18\x05 \x01(\r\x12\x16\n\x0eresumed_tokens\x18\x06 \x01(\r\"F\n\tHandedOff\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x11\n\ttransport\x18\x03 \x01(\t\"\xb9\x01\n\rDecodeRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.stateferry.v1.WorkerSampling\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x19.stateferry.v1.WorkerStop\x12\x17\n\x0fseen_prompt_ids\x18\x04 \x03(\r\x12\x12\n\nprompt_ids\x18\x05 \x03(\r\x12\x11\n\there_only\x18\x06 \x01(\x08\"\xcf\x01\n\x0b\x44\x65\x63odeEvent\x12+\n\x08reserved\x18\x01 \x01(\x0b\x32\x17.stateferry.v1.ReservedH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.stateferry.v1.TokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.stateferry.v1.WorkerFinishH\x00\x12\x30\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x19.stateferry.v1.FirstTokenH\x00\x42\x07\n\x05\x65vent\"1\n\x08Reserved\x12\x13\n\x0bruns_prompt\x18\x01 \x01(\x08\x12\x10\n\x08\x64\x65\x63lined\x18\x02 \x01(\x08\"C\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06tokens\x18\x02 \x03(\x0b\x32\x1a.stateferry.v1.OutputToken\"i\n\x0bOutputToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.stateferry.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"A\n\x0cWorkerFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.stateferry.v1.WorkerFinishReason\"\x96\x02\n\x0eWorkerSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x31\n\tpenalties\x18\x07 \x01(\x0b\x32\x1e.stateferry.v1.WorkerPenalties\x12\x32\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x1e.stateferry.v1.WorkerLogitBias\x12)\n\x05guide\x18\t \x01(\x0b\x32\x1a.stateferry.v1.WorkerGuideB\x0b\n\t_logprobs\"J\n\x0fWorkerPenalties\x12\x12\n\nrepetition\x18\x01 \x01(\x02\x12\x10\n\x08presence\x18\x02 \x01(\x02\x12\x11\n\tfrequency\x18\x03 \x01(\x02\"1\n\x0fWorkerLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"+\n\x0bWorkerGuide\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"L\n\nWorkerStop\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r*z\n\x12WorkerFinishReason\x12$\n WORKER_FINISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19WORKER_FINISH_REASON_STOP\x10\x01\x12\x1f\n\x1bWORKER_FINISH_REASON_LENGTH\x10\x02\x32N\n\x07Prefill\x12\x43\n\x03Run\x12\x1d.stateferry.v1.PrefillRequest\x1a\x1b.stateferry.v1.PrefillEvent0\x01\x32P\n\x06\x44\x65\x63ode\x12\x46\n\x08Generate\x12\x1c.stateferry.v1.DecodeRequest\x1a\x1a.stateferry.v1.DecodeEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stateferry.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERFINISHREASON']._serialized_start=2010
-  _globals['_WORKERFINISHREASON']._serialized_end=2132
+  _globals['_WORKERFINISHREASON']._serialized_start=2047
+  _globals['_WORKERFINISHREASON']._serialized_end=2169
   _globals['_PREFILLREQUEST']._serialized_start=46
   _globals['_PREFILLREQUEST']._serialized_end=262
   _globals['_PREFILLEVENT']._serialized_start=265
@@ -44,31 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDEDOFF']._serialized_start=703
   _globals['_HANDEDOFF']._serialized_end=773
   _globals['_DECODEREQUEST']._serialized_start=776
-  _globals['_DECODEREQUEST']._serialized_end=942
-  _globals['_DECODEEVENT']._serialized_start=945
-  _globals['_DECODEEVENT']._serialized_end=1152
-  _globals['_RESERVED']._serialized_start=1154
-  _globals['_RESERVED']._serialized_end=1185
-  _globals['_TOKENS']._serialized_start=1187
-  _globals['_TOKENS']._serialized_end=1254
-  _globals['_OUTPUTTOKEN']._serialized_start=1256
-  _globals['_OUTPUTTOKEN']._serialized_end=1361
-  _globals['_TOPLOGPROB']._serialized_start=1363
-  _globals['_TOPLOGPROB']._serialized_end=1410
-  _globals['_WORKERFINISH']._serialized_start=1412
-  _globals['_WORKERFINISH']._serialized_end=1477
-  _globals['_WORKERSAMPLING']._serialized_start=1480
-  _globals['_WORKERSAMPLING']._serialized_end=1758
-  _globals['_WORKERPENALTIES']._serialized_start=1760
-  _globals['_WORKERPENALTIES']._serialized_end=1834
-  _globals['_WORKERLOGITBIAS']._serialized_start=1836
-  _globals['_WORKERLOGITBIAS']._serialized_end=1885
-  _globals['_WORKERGUIDE']._serialized_start=1887
-  _globals['_WORKERGUIDE']._serialized_end=1930
-  _globals['_WORKERSTOP']._serialized_start=1932
-  _globals['_WORKERSTOP']._serialized_end=2008
-  _globals['_PREFILL']._serialized_start=2134
-  _globals['_PREFILL']._serialized_end=2212
-  _globals['_DECODE']._serialized_start=2214
-  _globals['_DECODE']._serialized_end=2294
+  _globals['_DECODEREQUEST']._serialized_end=961
+  _globals['_DECODEEVENT']._serialized_start=964
+  _globals['_DECODEEVENT']._serialized_end=1171
+  _globals['_RESERVED']._serialized_start=1173
+  _globals['_RESERVED']._serialized_end=1222
+  _globals['_TOKENS']._serialized_start=1224
+  _globals['_TOKENS']._serialized_end=1291
+  _globals['_OUTPUTTOKEN']._serialized_start=1293
+  _globals['_OUTPUTTOKEN']._serialized_end=1398
+  _globals['_TOPLOGPROB']._serialized_start=1400
+  _globals['_TOPLOGPROB']._serialized_end=1447
+  _globals['_WORKERFINISH']._serialized_start=1449
+  _globals['_WORKERFINISH']._serialized_end=1514
+  _globals['_WORKERSAMPLING']._serialized_start=1517
+  _globals['_WORKERSAMPLING']._serialized_end=1795
+  _globals['_WORKERPENALTIES']._serialized_start=1797
+  _globals['_WORKERPENALTIES']._serialized_end=1871
+  _globals['_WORKERLOGITBIAS']._serialized_start=1873
+  _globals['_WORKERLOGITBIAS']._serialized_end=1922
+  _globals['_WORKERGUIDE']._serialized_start=1924
+  _globals['_WORKERGUIDE']._serialized_end=1967
+  _globals['_WORKERSTOP']._serialized_start=1969
+  _globals['_WORKERSTOP']._serialized_end=2045
+  _globals['_PREFILL']._serialized_start=2171
+  _globals['_PREFILL']._serialized_end=2249
+  _globals['_DECODE']._serialized_start=2251
+  _globals['_DECODE']._serialized_end=2331
 # @@protoc_insertion_point(module_scope)

@@ -77,18 +77,20 @@ class HandedOff(_message.Message):
     def __init__(self, size_bytes: _Optional[int] = ..., duration_s: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("ticket", "sampling", "stop", "seen_prompt_ids", "prompt_ids")
+    __slots__ = ("ticket", "sampling", "stop", "seen_prompt_ids", "prompt_ids", "here_only")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     SEEN_PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    HERE_ONLY_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     sampling: WorkerSampling
     stop: WorkerStop
     seen_prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[bytes] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., seen_prompt_ids: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    here_only: bool
+    def __init__(self, ticket: _Optional[bytes] = ..., sampling: _Optional[_Union[WorkerSampling, _Mapping]] = ..., stop: _Optional[_Union[WorkerStop, _Mapping]] = ..., seen_prompt_ids: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., here_only: _Optional[bool] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("reserved", "tokens", "finished", "first_token")
@@ -103,10 +105,12 @@ class DecodeEvent(_message.Message):
     def __init__(self, reserved: _Optional[_Union[Reserved, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[WorkerFinish, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ("runs_prompt",)
+    __slots__ = ("runs_prompt", "declined")
     RUNS_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_FIELD_NUMBER: _ClassVar[int]
     runs_prompt: bool
-    def __init__(self, runs_prompt: _Optional[bool] = ...) -> None: ...
+    declined: bool
+    def __init__(self, runs_prompt: _Optional[bool] = ..., declined: _Optional[bool] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("index", "tokens")

@@ -62,7 +62,12 @@ class WorkerHost:
         return self._metrics
 
     def describe(
-        self, role: Role, grpc_address: str, transfer_address: str | None
+        self,
+        role: Role,
+        grpc_address: str,
+        transfer_address: str | None,
+        *,
+        preempts: bool = False,
     ) -> WorkerDescription:
         """What routers are told when the worker joins."""
         return WorkerDescription(
@@ -77,6 +82,7 @@ class WorkerHost:
             vocab_size=self.parts.limits.vocab_size,
             kernels=self.parts.kernels,
             pools=self.parts.sizes,
+            preempts=preempts,
         )
 
     def load_reporter(self, queue: Queue) -> Callable[[], WorkerLoad]:

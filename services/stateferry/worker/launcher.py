@@ -25,7 +25,7 @@ from stateferry.engine.prompt_scores import as_scores
 from stateferry.engine.rules import as_rules
 from stateferry.engine.runner import ModelRunner
 from stateferry.engine.verify_batch import Run, VerifyBatch, VerifyInput
-from stateferry.scheduler.decode import DecodeRow, DecodeStep
+from stateferry.scheduler.decode_step import DecodeRow, DecodeStep
 from stateferry.scheduler.extend import ExtendStep
 
 T = TypeVar("T")

@@ -27,7 +27,9 @@ def check_request(request: GenerationRequest, limits: ModelLimits) -> None:
     check_stop_ids(request.stop, limits)
     if not all(1 <= hint <= request.prompt_len for hint in request.snapshot_hints):
         raise InvalidRequest("snapshot_hints", "a position is outside the prompt")
-    if request.prompt_len + request.stop.max_tokens > limits.max_context_tokens:
+    if not 0 <= request.num_output_ids < min(request.prompt_len, request.stop.max_tokens):
+        raise InvalidRequest("num_output_ids", f"{request.num_output_ids} is out of range")
+    if request.total_tokens > limits.max_context_tokens:
         raise InvalidRequest("stop.max_tokens", f"exceeds {limits.max_context_tokens} in all")
 
 

@@ -15,6 +15,10 @@ class WorkerMeter(Protocol):
         """The engine had nothing to run before such a pass, though there was work: what overlapped
         scheduling is there to avoid."""
 
+    def preempted(self, sequences: int, recomputed_tokens: int) -> None:
+        """So many more decoding sequences had to pause; of earlier ones, so many tokens more are
+        computed again because the cache had lost them."""
+
     def handoff_sealed(self, size_bytes: int, seconds: float) -> None:
         """A hand-off is complete."""
 

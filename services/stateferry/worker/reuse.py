@@ -58,5 +58,7 @@ def reuse_of(
             eviction=section.eviction,
             max_states_per_path=section.max_states_per_path,
             host_bytes=section.host_bytes,
+            session_share=section.session_share,
+            session_ttl_s=section.session_ttl_s,
         ),
     )

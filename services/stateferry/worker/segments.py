@@ -25,17 +25,19 @@ def outgoing_segments(views: Sequence[StateView]) -> list[OutgoingSegment]:
         pieces = [piece.cpu() for piece in view.pieces]
         if len(pieces) == 1:
             whole = pieces[0].view(view.shape)
-            segments.append(segment_from_tensor(view.kind, view.layer, whole))
+            segments.append(segment_from_tensor(view.kind, view.layer, whole, view.start))
         else:
-            segments.append(segment_from_pieces(view.kind, view.layer, view.shape, pieces))
+            segments.append(
+                segment_from_pieces(view.kind, view.layer, view.shape, pieces, view.start)
+            )
     return segments
 
 
 def take_in_segments(segments: Sequence[Segment], views: Sequence[StateView]) -> None:
     """Copy what arrived to where it belongs. Raises FrameError, before a byte is copied, unless the
     segments are exactly those of ``views``. Mutates the pools."""
-    expected = [(v.kind, v.layer, dtype_name(v.dtype), v.shape) for v in views]
-    arrived = [(s.kind.value, s.layer, s.dtype, s.shape) for s in segments]
+    expected = [(v.kind, v.layer, v.start, dtype_name(v.dtype), v.shape) for v in views]
+    arrived = [(s.kind.value, s.layer, s.start, s.dtype, s.shape) for s in segments]
     for number, (ours, theirs) in enumerate(zip(expected, arrived, strict=False)):
         if ours != theirs:
             raise FrameError(f"segment {number} is {theirs}, this state's is {ours}")

@@ -16,7 +16,7 @@ def steered(request: GenerationRequest, maker: RulesMaker) -> GenerationRequest:
 
     Raises InvalidRequest naming the guide's field when it cannot be used.
     """
-    rules = maker.make(request.sampling, request.seen_prompt_ids)
+    rules = _made(maker, request.continuation)
     return replace(request, rules=rules, scores=_scores(request))
 
 
@@ -42,11 +42,18 @@ class Steering:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _rules(self, request: Continuation) -> SequenceRules | None:
-        sampling, seen = request.sampling, request.seen_prompt_ids
-        if sampling.guide is None:
-            return self._maker.make(sampling, seen)
+        if request.sampling.guide is None:
+            return _made(self._maker, request)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._maker.make, sampling, seen)
+        return await loop.run_in_executor(self._executor, _made, self._maker, request)
+
+
+def _made(maker: RulesMaker, request: Continuation) -> SequenceRules | None:
+    rules = maker.make(request.sampling, request.seen_prompt_ids)
+    if rules is not None:
+        for index, token_id in enumerate(request.output_ids):
+            rules.observe(index, token_id)
+    return rules
 
 
 def _scores(request: GenerationRequest) -> PromptScores | None:
