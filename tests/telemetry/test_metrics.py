@@ -21,7 +21,18 @@ from stateferry.telemetry.metrics import (
 )
 from stateferry.worker.meter import WorkerMeter
 
-LABELS = {"code", "role", "kind", "result", "status", "transport", "version", "kernels", "le"}
+LABELS = {
+    "cause",
+    "code",
+    "role",
+    "kind",
+    "result",
+    "status",
+    "transport",
+    "version",
+    "kernels",
+    "le",
+}
 
 
 def fill(registry: CollectorRegistry) -> None:
@@ -72,6 +83,8 @@ def test_router_metrics_are_what_the_router_reports_to() -> None:
         "first_token": (0.02,),
         "inter_token": (0.003,),
         "handoff": ("ucx", 123, 0.004),
+        "failed_over": ("WorkerLost",),
+        "resumed": (0.7,),
         "occupancy": (5, 2),
         "workers": ("decode", 3),
     }
