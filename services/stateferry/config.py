@@ -21,6 +21,7 @@ _MAX_TOKENS = (1 << 31) - 1
 _MAX_THREADS = 4096
 AUTO_NICE = -1
 AUTO_BYTES = -1
+AUTO_PORT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,21 @@ class RouterSection:
     )
     heartbeat_interval_s: float = setting(0.5, "How often workers report, seconds.", least=0.01)
     ticket_lifetime_s: float = setting(30.0, "How long a ticket may be used, seconds.", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSection:
+    """The OpenAI-compatible door, in the router's process."""
+
+    enabled: bool = setting(True, "Whether the router answers HTTP as well.")
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(
+        AUTO_PORT,
+        "HTTP port; 0 picks a free one. -1: 8000, and a free one where router.port is 0.",
+        least=AUTO_PORT,
+        most=_MAX_PORT,
+    )
+    max_body_bytes: int = setting(8 << 20, "Longest body of a request, in bytes.", least=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +318,7 @@ class Config:
     cluster: ClusterSection = ClusterSection()
     model: ModelSection = ModelSection()
     router: RouterSection = RouterSection()
+    http: HttpSection = HttpSection()
     worker: WorkerSection = WorkerSection()
     cache: CacheSection = CacheSection()
     speculation: SpeculationSection = SpeculationSection()

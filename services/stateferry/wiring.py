@@ -84,12 +84,13 @@ def router_addresses(config: Config) -> Sequence[str]:
 
 def _router(config: Config) -> ProcessMain:
     # Imported late, like the worker's parts below: a router process never loads torch.
+    from stateferry.http_front.server import open_http_door
     from stateferry.router.main import run_router
 
     model_dir = model_directory(config.model)
 
     async def main(announce: Announce, stop: asyncio.Event) -> None:
-        await run_router(config, model_dir, announce, stop)
+        await run_router(config, model_dir, announce, stop, open_http_door)
 
     return main
 

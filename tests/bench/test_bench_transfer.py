@@ -53,7 +53,7 @@ def test_sizes_of_public_models() -> None:
 
 async def test_hidden_share_is_measured_in_the_real_servicer() -> None:
     timeline = await measure_hidden(bundled_model_dir(), prompt_len=300, requests=2)
-    assert len(timeline.handing_off) == 2 and len(timeline.computing) >= 4
+    assert len(timeline.handing_off) >= 2 and len(timeline.computing) >= 4
     assert 0.0 <= timeline.hidden_share() <= 1.0
 
 

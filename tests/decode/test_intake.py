@@ -15,6 +15,7 @@ from stateferry.cache.state_cache import StateCache
 from stateferry.core.errors import FrameError
 from stateferry.core.handoff import HandoffMeta
 from stateferry.decode.intake import take_in
+from stateferry.transfer.blocking import copy_with_crc32c
 from stateferry.transfer.manifest import OutgoingSegment, Segment, SegmentKind
 from stateferry.worker.segments import outgoing_segments
 from stateferry_kernels.kv_layer import KvGeometry
@@ -40,7 +41,7 @@ def received(position: int, kv: KvGeometry = KV) -> tuple[Any, StateCache]:
 def arrived(segment: OutgoingSegment) -> Segment:
     """The segment as it comes out of a receiver's staging."""
     data = np.empty(segment.size_bytes, dtype=np.uint8)
-    segment.copy_to(data)
+    copy_with_crc32c(segment.runs, data)
     return Segment(segment.kind, segment.layer, segment.dtype, segment.shape, data)
 
 

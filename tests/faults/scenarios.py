@@ -167,10 +167,12 @@ async def stopped(setting: Setting) -> Outcome:
             tasks = [asyncio.create_task(stream.run(client)) for stream in streams]
             await asyncio.gather(*(stream.has(4) for stream in streams[::8]))
             cluster.kill(name, signal.SIGSTOP)
+            outcome.demand(_is_stopped(cluster.pids[name]), f"{name} did not stop")
             await asyncio.sleep(seconds)
             cluster.kill(name, signal.SIGCONT)
             outcome.add(streams, await _ended(tasks), expected)
             await _check_idle(outcome, client)
+        outcome.demand(outcome.disturbed > 0, "nobody gave a stopped worker up")
     return outcome
 
 
@@ -199,6 +201,7 @@ async def rolling_restart(setting: Setting) -> Outcome:
             await asyncio.sleep(0.5)
         done.set()
         await loading
+        outcome.demand(len(waves) > 4, "there was no load while workers restarted")
         for wave, errors in waves:
             outcome.add(wave, errors, expected[: len(wave)])
         await _check_idle(outcome, client)
@@ -232,6 +235,17 @@ async def aborts(setting: Setting) -> Outcome:
         outcome.add(again, errors, expected)
     outcome.streams += count
     return outcome
+
+
+def _is_stopped(pid: int) -> bool:
+    """Once the signal has been delivered, which takes a moment."""
+    deadline_s = time.monotonic() + 1.0
+    while time.monotonic() < deadline_s:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+        if status.split()[0] == "T":
+            return True
+        time.sleep(0.002)
+    return False
 
 
 async def _check_idle(outcome: Outcome, client: Client) -> None:

@@ -4,6 +4,7 @@ there is one."""
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,65 @@ def test_a_row_does_not_know_how_its_sequence_was_cut(sizes: Sizes, dtype: torch
         if DEVICE == "cuda":
             assert torch.equal(y, whole)
         assert relative_error(y, whole) < TOLERANCE[dtype]
+
+
+class Counted:
+    """A kernel, and how often it was launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@each_dtype
+def test_segments_walked_by_one_program_or_by_one_each(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """The same bytes, of sequences that end in their first segment, at the end of one, and later;
+    and right."""
+    monkeypatch.setattr(triton_ops, "_SEGMENT", 64)
+    join = Counted(triton_ops.join_kernel)
+    monkeypatch.setattr(triton_ops, "join_kernel", join)
+    sizes = SIZES["groups of 3"]
+    rows = [make_rows(sizes, 210, dtype, seed) for seed in range(3)]
+    lengths, outputs = (200, 127, 20), []
+    for busy in (1000, 0):
+        monkeypatch.setattr(triton_ops, "_BUSY", busy)
+        ours = reader(sizes, 210, dtype, 3)
+        ours.run({i: on_device(rows[i][:n]) for i, n in enumerate(lengths)})
+        join.launches = 0
+        got = []
+        for step in (1, 4):
+            parts = {i: on_device(rows[i][a : a + step]) for i, a in enumerate(ours.positions)}
+            got += ours.run(parts)
+        outputs.append(got)
+        assert join.launches == (2 if busy else 0)
+    theirs = Reader(select_kernels("torch"), sizes, 210, dtype, 3)
+    theirs.run({i: rows[i][:n] for i, n in enumerate(lengths)})
+    wanted = [
+        y
+        for step in (1, 4)
+        for y in theirs.run({i: rows[i][a : a + step] for i, a in enumerate(theirs.positions)})
+    ]
+    for one, other, expected in zip(*outputs, wanted, strict=True):
+        assert torch.equal(one, other)
+        assert relative_error(one.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="long sequences need a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rows_of_a_long_sequence_have_one_order(head_dim: int) -> None:
+    """Single rows, drafts and any cut of a prefill, over several segments."""
+    sizes = Sizes(num_heads=8, kv_heads=2, head_dim=head_dim, page_tokens=64)
+    length = 1700
+    rows = on_device(make_rows(sizes, length, torch.bfloat16))
+    whole = reader(sizes, length, torch.bfloat16).walk(rows, [])
+    for cuts in ([511, 512, 513, 1100], [1023, 1024, 1028, 1031], [*range(1530, 1545)]):
+        assert torch.equal(reader(sizes, length, torch.bfloat16).walk(rows, cuts), whole)
 
 
 def test_rows_that_are_padding_are_left_alone() -> None:

@@ -97,12 +97,9 @@ compile_for_h100(_slots_kernel, steps_ptr=None, NUM_STEPS=1, **pools, **nothing,
 print("compiled")
 """
 
-GRID_FORM = """
+SERVED = """
 import triton.language as tl
 from support.sm90 import compile_for_h100
-from stateferry_kernels.ssd import triton_scan_kernels as scan
-from stateferry_kernels.ssd.triton_scan_tiles import scan_tile
-from stateferry_kernels.state_update import triton_decode_kernels as decode
 
 served = dict(
     x_ptr="*bf16", B_ptr="*bf16", C_ptr="*bf16", z_ptr=None, out_ptr="*bf16", D_ptr="*fp32",
@@ -113,6 +110,13 @@ served = dict(
     tail_x_stride="i64", tail_B_stride="i64", tail_dt_stride="i64", state_stride="i64",
     NUM_COLUMNS=8, DOT=tl.bfloat16, DIRECT=False, GRID=64, BLOCK_T=64,
 )
+"""
+
+GRID_FORM = """
+from stateferry_kernels.ssd import triton_scan_kernels as scan
+from stateferry_kernels.ssd.triton_scan_tiles import scan_tile
+from stateferry_kernels.state_update import triton_decode_kernels as decode
+
 for heads, P, N, group in ((128, 64, 128, 128), (128, 80, 128, 16)):
     tile = scan_tile(2, P, N, 64, group)
     shape = served | dict(NHEADS=heads, HEADDIM=P, DSTATE=N, PER_GROUP=group)
@@ -124,8 +128,40 @@ for heads, P, N, group in ((128, 64, 128, 128), (128, 80, 128, 16)):
         scan.outputs_kernel, num_warps=tile.num_warps, num_stages=1, HEADS=tile.heads,
         BLOCK_P=tile.block_headdim, REST_P=tile.rest, BLOCK_R=tile.block_rows, BLOCK_N=N, **shape,
     )
+few = scan_tile(2, 64, 128, 64, 80, 80)
+compile_for_h100(
+    scan.starts_kernel, num_warps=few.starts_warps, num_stages=few.starts_stages,
+    BLOCK_P=few.starts_headdim, BLOCK_N=few.starts_dstate,
+    **served | dict(NHEADS=80, HEADDIM=64, DSTATE=128, PER_GROUP=80),
+)
 compile_for_h100(decode.decode_weights_kernel, BLOCK_H=16, BLOCK_N=N, **shape)
 compile_for_h100(decode.decode_rows_kernel, BLOCK_P=32, BLOCK_N=N, **shape)
+print("compiled")
+"""
+
+DRAFTS = """
+from stateferry_kernels.ssd.triton_tiles import row_tile
+from stateferry_kernels.state_update import triton_verify_kernels as verify
+from stateferry_kernels.state_update.triton_verify import fold_block, rows_block
+
+drafts = dict(
+    draft_x_ptr="*bf16", draft_B_ptr="*bf16", draft_dt_ptr="*fp32", draft_x_stride="i64",
+    draft_B_stride="i64", draft_dt_stride="i64", folds_ptr="*bf16", fold_weights_ptr="*fp32",
+    fold_growth_ptr="*fp32", ends_ptr="*i64", paths_ptr="*i64", places_ptr="*i64",
+)
+for heads, P, N, group in ((128, 64, 128, 128), (128, 80, 128, 16), (24, 128, 256, 24)):
+    tile = row_tile(2, P, N, 64, 4)
+    shape = served | drafts | dict(
+        NHEADS=heads, HEADDIM=P, DSTATE=N, PER_GROUP=group, BLOCK_N=N, BLOCK_H=16,
+    )
+    compile_for_h100(verify.verify_weights_kernel, num_warps=4 if N == 128 else 8, **shape)
+    fold = shape | dict(BLOCK_P=fold_block(P, N))
+    compile_for_h100(verify.verify_folds_kernel, num_stages=1, **fold)
+    for more, carries in ((False, False), (True, True)):
+        compile_for_h100(
+            verify.verify_rows_kernel, num_warps=tile.num_warps, num_stages=1, BLOCK_R=32,
+            BLOCK_P=rows_block(tile, N, more, carries), MORE=more, CARRIES=carries, **shape,
+        )
 print("compiled")
 """
 
@@ -147,11 +183,20 @@ compile_for_h100(
 )
 tiles = ((16, 3, 64, 64), (16, 3, 128, 64), (16, 3, 256, 32), (64, 1, 64, 64), (64, 1, 128, 64))
 for rows, stages, head_dim, keys in tiles:
-    compile_for_h100(
-        attention.attend_kernel, num_stages=stages, q_ptr="*bf16", out_ptr="*bf16",
-        tiles_ptr="*i64", scale="fp32", GROUP=4, HEAD_DIM=head_dim, DOT=tl.bfloat16,
-        BLOCK_R=rows, BLOCK_K=keys, BLOCK_D=head_dim, **pages,
+    tile = dict(
+        q_ptr="*bf16", out_ptr="*bf16", tiles_ptr="*i64", scale="fp32", GROUP=4, SEGMENT=512,
+        HEAD_DIM=head_dim, DOT=tl.bfloat16, ROWS=4, BLOCK_R=rows, BLOCK_K=keys, BLOCK_D=head_dim,
     )
+    # The widest keeps addresses of its output there, from before its loops until after them.
+    spilled = 128 if rows * head_dim > 64 * 64 else 0
+    compile_for_h100(
+        attention.attend_kernel, num_stages=stages, stack_bytes=spilled, totals_ptr=None,
+        accs_ptr=None, **tile, **pages,
+    )
+    parts = dict(totals_ptr="*fp32", accs_ptr="*fp32")
+    if rows == 16:
+        compile_for_h100(attention.attend_kernel, num_stages=stages, **parts, **tile, **pages)
+        compile_for_h100(attention.join_kernel, **parts, **tile, **pages)
 for up in ("*bf16", None):
     compile_for_h100(
         _activate_kernel, x_ptr="*bf16", up_ptr=up, out_ptr="*bf16", SIZE=14336, BLOCK=1024
@@ -169,7 +214,9 @@ print("compiled")
 
 
 @pytest.mark.parametrize(
-    "program", [PROGRAM, GRID_FORM, ATTENTION], ids=["rest", "grid form", "attention"]
+    "program",
+    [PROGRAM, SERVED + GRID_FORM, SERVED + DRAFTS, ATTENTION],
+    ids=["rest", "grid form", "drafts", "attention"],
 )
 def test_compiles_for_an_h100(tmp_path: Path, program: str) -> None:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}

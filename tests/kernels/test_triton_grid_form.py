@@ -20,10 +20,8 @@ pytest.importorskip("triton")
 from stateferry_kernels.dispatch import select_kernels  # noqa: E402
 from stateferry_kernels.draft_plans import ROOT  # noqa: E402
 from stateferry_kernels.layer_state import PAD_SLOT, STATE_DTYPES, LayerState  # noqa: E402
-from stateferry_kernels.operations import Kernels  # noqa: E402
 from stateferry_kernels.plans import CommitPlan, DecodePlan  # noqa: E402
-from stateferry_kernels.ssd import triton_ops as ssd_triton  # noqa: E402
-from stateferry_kernels.ssd.triton_tiles import GridFormTile, grid_form_tile  # noqa: E402
+from stateferry_kernels.ssd.triton_tiles import GridFormTile, grid_form_tile, row_tile  # noqa: E402
 from stateferry_kernels.state_update import triton_ops as update_triton  # noqa: E402
 from support.ssm_case import (  # noqa: E402
     Layer,
@@ -36,44 +34,15 @@ from support.ssm_case import (  # noqa: E402
     relative_error,
     split_active,
 )
+from support.triton_walker import (  # noqa: E402
+    device_walker,
+    on_device,
+    tokens_of,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
 SMALL = Shape(nheads=2, headdim=20, dstate=12, ngroups=1, grid=16)
-
-
-def on_device(thing: Any) -> Any:
-    """A copy of a dataclass whose tensors, also those of dataclasses in it, are on the device."""
-    if isinstance(thing, torch.Tensor):
-        # Keeps a pool's stride between slots.
-        flat = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=DEVICE)
-        return flat.copy_(thing)
-    if hasattr(thing, "__dataclass_fields__"):
-        names = [field.name for field in fields(thing) if field.init]
-        return replace(thing, **{name: on_device(getattr(thing, name)) for name in names})
-    return thing
-
-
-def triton_kernels(name: str = "torch") -> Kernels:
-    """The Triton grid form; the convolution of another backend."""
-    return replace(
-        select_kernels(name),
-        chunk_scan=ssd_triton.chunk_scan,
-        decode_row=update_triton.decode_row,
-        commit=update_triton.commit,
-        verify=update_triton.verify,
-        accept=update_triton.accept,
-    )
-
-
-def device_walker(layer: Layer, num_sequences: int = 1) -> Walker:
-    walker = Walker(on_device(layer), num_sequences, triton_kernels())
-    walker.state, walker.drafts = on_device(walker.state), on_device(walker.drafts)
-    return walker
-
-
-def tokens_of(layer: Layer, length: int, seed: int = 0, with_z: bool = True) -> Tokens:
-    return on_device(make_tokens(layer, length, seed=seed, with_z=with_z))
 
 
 def life(walker: Walker, layer: Layer, with_z: bool) -> list[torch.Tensor]:
@@ -337,5 +306,6 @@ def test_every_launch_size_has_the_same_blocks_of_tokens(
         for work in (1, 100, 1000, 10**4, 10**6)
         for rows in (1, 16, 17, grid)
     ]
+    tiles += [row_tile(product_bytes, headdim, dstate, grid, rows) for rows in (1, 4, 16, 17, grid)]
     assert len({tile.block_tokens for tile in tiles}) == 1
     assert all(tile.block_headdim <= max(16, 2 * headdim) for tile in tiles)

@@ -160,8 +160,13 @@ def test_tiles_are_for_shapes_that_were_tried() -> None:
     assert scan_tile(2, 64, 128, 256, per_group=8) is None
     assert scan_tile(2, 72, 128, 64, per_group=8) is None
     assert scan_tile(4, 64, 128, 64, per_group=8) is None
+    few, many = (scan_tile(2, 64, 128, 64, per_group=8, work=work) for work in (80, 97))
+    assert few is not None and many is not None and few.starts_headdim < many.starts_headdim
+    assert scan_tile(2, 64, 128, 64, per_group=8) == many
     with pytest.raises(ValueError, match="miscompiles"):
         SplitTile(64, 64, 4, 3, 1, 64, 0, 64, 4)
+    with pytest.raises(ValueError, match="miscompiles"):
+        SplitTile(32, 64, 4, 3, 1, 64, 0, 64, 4, 2)
 
 
 @pytest.mark.parametrize("headdim", [16, 64, 81])

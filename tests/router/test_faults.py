@@ -1,18 +1,20 @@
-"""Workers and clients that die, hang, leave or misbehave: nothing ends well by mistake."""
+"""Workers and clients that die, hang, leave or misbehave: nothing ends well by mistake. Each
+request has one attempt here, so that its end shows."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
 import pytest
 
+from router import fakes
 from router.fakes import (
     STOPPED,
     FakeWorker,
     description,
-    fake_cluster,
     finished,
     first,
     handed_off,
@@ -36,6 +38,8 @@ from router.scripts import (
 )
 from stateferry.core.ids import Role
 from stateferry.router.servicer import ResponseWriter
+
+fake_cluster = partial(fakes.fake_cluster, max_attempts=1)
 
 
 async def test_a_worker_that_dies_before_the_first_token() -> None:

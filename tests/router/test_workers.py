@@ -96,7 +96,7 @@ async def test_a_worker_that_leaves_and_does_not_answer_is_lost(
 
 
 async def test_a_worker_that_falls_silent_ends_its_requests() -> None:
-    settings = {"heartbeat_interval_s": 0.2}
+    settings = {"heartbeat_interval_s": 0.2, "max_attempts": 1}
     async with fake_cluster(prefill_hangs_before_token, decode_well, **settings) as cluster:
         # Both calls are in good health, but nobody has sent a heartbeat.
         error = await asyncio.wait_for(failure(cluster, ask()), 1.5)

@@ -86,6 +86,7 @@ class Offered:
     machine: PartOffer
     block: Block
     generation: int
+    num_read: int = 0
 
 
 @dataclass(eq=False)
@@ -96,18 +97,28 @@ class Incoming:
     header: PartHeader
     block: Block
     generation: int
+    sequence: int
     num_messages: int = 0
     is_wrong: bool = False
 
 
+@dataclass(frozen=True)
+class Push:
+    """The control message that offers a part."""
+
+    sequence: int
+    header: PartHeader
+
+
 @dataclass(eq=False)
 class Wire:
-    """One connection. Messages to the receiver carry PartHeader or (Offered, message number)."""
+    """One connection. To the receiver go a Push, or DATA as (Offered, message number)."""
 
     sender: int
     incarnation: int
     to_receiver: deque[object] = field(default_factory=deque)
-    to_sender: deque[Answer] = field(default_factory=deque)
+    to_sender: deque[tuple[int, Answer]] = field(default_factory=deque)
+    sequence: int = 0
     offered: Offered | None = None
     incoming: Incoming | None = None
     # The sender has found it broken, the receiver has not yet.
@@ -139,7 +150,7 @@ class World:
         # A transport operation that nobody waits for any more, but which may still write.
         self.late: list[tuple[Blocks, Incoming]] = []
         self.numbers = 0
-        self.said: deque[PartHeader] = deque(maxlen=6)
+        self.said: deque[Push] = deque(maxlen=6)
         self.me = WorkerKey("decode-0", 0)
         self.receiver_starts()
 
@@ -235,9 +246,12 @@ class World:
             part == order.num_parts - 1,
             MESSAGES,
         )
-        wire.offered = Offered(order, header, PartOffer(), block, block.generation)
-        wire.to_receiver.append(header)
-        self.said.append(header)
+        wire.sequence += 1
+        offer = PartOffer(wire.sequence)
+        wire.offered = Offered(order, header, offer, block, block.generation)
+        push = Push(wire.sequence, header)
+        wire.to_receiver.append(push)
+        self.said.append(push)
 
     def give_up(self) -> None:
         orders = self.rng.choice(self.orders)
@@ -250,14 +264,17 @@ class World:
         wire = self.wires[number]
         if wire is None or wire.is_half or not wire.to_sender:
             return
-        answer = wire.to_sender.popleft()
         offered = wire.offered
+        if offered is not None and offered.machine.phase is SendPhase.CREDITED:
+            # It reads no answer while its bytes are on their way.
+            return
+        sequence, answer = wire.to_sender.popleft()
         if offered is None:
             self.hazards["answer to nothing"] += 1
             self.lose(number)
             return
         try:
-            phase = offered.machine.answered(answer)
+            phase = offered.machine.answered(sequence, answer)
         except FrameError:
             self.hazards["answer not due"] += 1
             self.lose(number)
@@ -284,7 +301,7 @@ class World:
         if wire is None or not wire.to_receiver:
             return
         message = wire.to_receiver.popleft()
-        if isinstance(message, PartHeader):
+        if isinstance(message, Push):
             if wire.incoming is not None:
                 self.hazards["part within a part"] += 1
                 self.lose(number)
@@ -296,21 +313,22 @@ class World:
         else:
             self.take_data(number, wire, message)
 
-    def take_offer(self, wire: Wire, header: PartHeader) -> None:
+    def take_offer(self, wire: Wire, push: Push) -> None:
+        sequence, header = push.sequence, push.header
         # The handshake told who is there.
         claimed = self.book.claim(header, self.senders[wire.sender])
         if isinstance(claimed, RejectReason):
             self.hazards[claimed.name] += 1
-            wire.to_sender.append(Answer.REJECT)
+            wire.to_sender.append((sequence, Answer.REJECT))
             return
         block = self.blocks.take()
         if block is None:
             self.hazards["no staging"] += 1
             self.book.postpone(claimed)
-            wire.to_sender.append(Answer.REJECT)
+            wire.to_sender.append((sequence, Answer.REJECT))
             return
-        wire.incoming = Incoming(claimed, header, block, block.generation)
-        wire.to_sender.append(Answer.CREDIT)
+        wire.incoming = Incoming(claimed, header, block, block.generation, sequence)
+        wire.to_sender.append((sequence, Answer.CREDIT))
 
     def take_data(self, number: int, wire: Wire, message: object) -> None:
         incoming = wire.incoming
@@ -322,7 +340,11 @@ class World:
             offered, which = message
             if offered.block.generation != offered.generation:
                 self.fail("the receiver read staging that its sender had reused")
-            incoming.block.data[incoming.num_messages] = offered.block.data[which]
+            bytes_read = "flipped" if which < 0 else offered.block.data[which]
+            incoming.block.data[incoming.num_messages] = bytes_read
+            offered.num_read += 1
+            if offered.num_read == MESSAGES and offered is wire.offered:
+                offered.machine.sent()
         incoming.num_messages += 1
         if incoming.num_messages == MESSAGES:
             wire.incoming = None
@@ -340,7 +362,7 @@ class World:
             self.book.close(incoming.attempt)
             room.is_held = False
             self.blocks.give_back(incoming.block)
-            wire.to_sender.append(Answer.FAILED)
+            wire.to_sender.append((incoming.sequence, Answer.FAILED))
             return
         landing = self.book.land(incoming.attempt)
         if landing is Landing.DROP:
@@ -351,7 +373,8 @@ class World:
             room.parts.append(landed)
             room.commits += landing is Landing.SEAL
         self.blocks.give_back(incoming.block)
-        wire.to_sender.append(Answer.FAILED if landing is Landing.DROP else Answer.SEALED)
+        answer = Answer.FAILED if landing is Landing.DROP else Answer.SEALED
+        wire.to_sender.append((incoming.sequence, answer))
 
     # The network.
 
@@ -433,8 +456,8 @@ class World:
 
     def flip(self) -> None:
         queue = self.queue()
-        if queue is not None and not isinstance(queue[0], PartHeader):
-            queue[0] = "flipped"
+        if queue is not None and isinstance(queue[0], tuple):
+            queue[0] = (queue[0][0], -1)
 
     # The rules.
 

@@ -16,11 +16,17 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def compile_for_h100(
-    kernel: Any, *, num_warps: int = 4, num_stages: int = 3, **arguments: Any
+    kernel: Any,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    stack_bytes: int = 0,
+    **arguments: Any,
 ) -> Any:
     """The compiled kernel. arguments: for constexprs and absent pointers their value, for pointers
     and numbers their type ("*bf16", "i32", "fp32"); numbers that are left out are i32. Pointers and
-    strides are multiples of 16, as they are in a pool."""
+    strides are multiples of 16, as they are in a pool. stack_bytes: what a thread may keep in
+    memory for want of registers."""
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {p.name for p in kernel.params if p.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
@@ -39,7 +45,8 @@ def compile_for_h100(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=TARGET, options=options)
-    assert _stack_bytes(compiled.asm["cubin"]) == 0, f"{kernel.fn.__name__} spills registers"
+    spilled = _stack_bytes(compiled.asm["cubin"])
+    assert spilled <= stack_bytes, f"{kernel.fn.__name__} spills registers: {spilled} bytes"
     return compiled
 
 

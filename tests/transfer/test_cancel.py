@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stateferry.core.errors import HandoffError, PeerLost
-from stateferry.transfer.blocking import INLINE_MAX_BYTES, crc32c
+from stateferry.transfer.blocking import INLINE_MAX_BYTES, copy_with_crc32c
 from stateferry.transfer.frames import PushRejected, RejectReason
 
 pytestmark = pytest.mark.asyncio
@@ -87,12 +87,12 @@ async def test_cancelled_push_waits_until_its_memory_is_copied(
 ) -> None:
     copied = []
 
-    def slow_crc(data: Any) -> int:
+    def slow_copy(runs: Any, target: Any) -> int:
         time.sleep(0.1)
         copied.append(True)
-        return crc32c(data)
+        return copy_with_crc32c(runs, target)
 
-    monkeypatch.setattr("stateferry.transfer.lane.crc32c", slow_crc)
+    monkeypatch.setattr("stateferry.transfer.lane.copy_with_crc32c", slow_copy)
     sender, segments = cluster.sender(), cluster.segments(scale=200)
     assert sum(s.data.nbytes for s in segments) > INLINE_MAX_BYTES
     pushing = asyncio.ensure_future(cluster.push(sender, "r1", segments=segments))

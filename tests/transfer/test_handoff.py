@@ -215,7 +215,7 @@ async def test_no_push_in_time_cancels_the_reservation(cluster: Any) -> None:
 
 
 async def test_number_of_expectations_is_bounded(cluster: Any) -> None:
-    cluster.receiver._shared.book._max_open = 2
+    cluster.receiver._shared.book.attempts._max_open = 2
     kept = [cluster.expect("r1"), cluster.expect("r2")]
     with pytest.raises(Overloaded):
         cluster.expect("r3")

@@ -11,6 +11,7 @@ import torch
 
 from stateferry.core.errors import FrameError, InvariantViolation
 from stateferry.core.ids import WorkerKey
+from stateferry.transfer.blocking import copy_with_crc32c
 from stateferry.transfer.manifest import (
     MAX_SEGMENTS,
     Manifest,
@@ -123,7 +124,7 @@ def test_mutated_bodies_decode_to_a_valid_manifest_or_a_frame_error() -> None:
 
 def test_a_claimed_segment_count_allocates_nothing() -> None:
     body = encode_manifest(replace(MANIFEST, segments=(SPEC,)))
-    at = len(body) - (1 + 2 + 1 + 1 + 3 * 8 + 8 + 4) - 4
+    at = len(body) - (1 + 2 + 1 + 1 + 3 * 8 + 8 + 4 + 4) - 4
     assert body[at : at + 4] == b"\x01\x00\x00\x00"
     with pytest.raises(FrameError, match="segments, at most"):
         decode_manifest(body[:at] + b"\xff\xff\xff\xff" + body[at + 4 :])
@@ -160,11 +161,11 @@ def test_pieces_travel_back_to_back(dtype: torch.dtype) -> None:
     whole = segment_from_tensor("kv_pages", 1, pages[[3, 0, 4]])
     assert (segment.kind, segment.dtype, segment.shape) == (whole.kind, whole.dtype, whole.shape)
     target = np.zeros(segment.size_bytes, dtype=np.uint8)
-    segment.copy_to(target)
+    copy_with_crc32c(segment.runs, target)
     assert np.array_equal(target, whole.data) and segment.size_bytes == whole.size_bytes
     # Shared memory, no copy: what is written later is sent.
     pages[0].fill_(-1)
-    segment.copy_to(target)
+    copy_with_crc32c(segment.runs, target)
     assert not np.array_equal(target, whole.data)
 
 

@@ -278,3 +278,15 @@ def test_garbage_over_plain_tcp(sender: Peer, start: Starter) -> None:
         with socket.create_connection((host, int(port)), timeout=2.0) as connection:
             connection.sendall(garbage)
     check_handoff(receiver, sender, address, "after-garbage")
+
+
+def test_garbage_and_cut_messages_of_a_ucx_peer(sender: Peer, start: Starter) -> None:
+    receiver = start("uvloop", "receiver")
+    address = receiver.wait("address")["address"]
+    attacker = start("uvloop", "sender", "prefill-9")
+    attacker.wait("ready")
+    attacker.tell(do="garbage", address=address)
+    sent = attacker.wait("garbage", timeout_s=60.0)["garbage"]
+    receiver.tell(do="totals")
+    assert receiver.wait("frames_refused")["frames_refused"] == sent > 20
+    check_handoff(receiver, sender, address, "after-garbage")

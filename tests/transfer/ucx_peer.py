@@ -24,6 +24,15 @@ from stateferry.core.clock import SystemClock
 from stateferry.core.errors import PeerLost, StateferryError
 from stateferry.core.fingerprint import PROTOCOL_VERSION, Fingerprint
 from stateferry.core.ids import WorkerKey
+from stateferry.transfer.channel import Channel
+from stateferry.transfer.frames import (
+    CONTROL_MAX_BYTES,
+    Frame,
+    FrameType,
+    Hello,
+    encode_frame,
+    encode_hello,
+)
 from stateferry.transfer.limits import TransferLimits
 from stateferry.transfer.manifest import Segment, SegmentKind
 from stateferry.transfer.receiver import HandoffReceiver
@@ -112,6 +121,8 @@ async def run_receiver(transport: UcxTransport) -> None:
                 connections=snapshot.connections,
                 links=sum(isinstance(thing, UcxLink) for thing in gc.get_objects()),
             )
+        elif command["do"] == "totals":
+            write(frames_refused=receiver.snapshot().totals.frames_refused)
         elif command["do"] == "idle":
             before_s = cpu_s()
             await asyncio.sleep(command["seconds"])
@@ -128,6 +139,8 @@ async def run_sender(transport: UcxTransport, name: str) -> None:
             raise SystemExit(3)
         if command["do"] == "storm":
             await storm(transport, command["address"], command["connects"])
+        elif command["do"] == "garbage":
+            await garbage(transport, command["address"], me)
         else:
             await push(sender, command)
     await sender.close()
@@ -152,6 +165,35 @@ async def push(sender: HandoffSender, command: dict[str, Any]) -> None:
         size_bytes=receipt.size_bytes,
         transport=receipt.transport,
     )
+
+
+async def garbage(transport: UcxTransport, address: str, me: WorkerKey) -> None:
+    """Messages of a real UCX peer that are none of the protocol's, before and after a greeting."""
+    rng = random.Random(2)
+    hello = encode_frame(Frame(FrameType.HELLO, 0, encode_hello(Hello(me, DECODE, FINGERPRINT))))
+    push = encode_frame(Frame(FrameType.PUSH, 1, bytes(400)))
+    bad = [message[:cut] for message in (hello, push) for cut in (1, 19, 20, len(message) - 1)]
+    bad += [rng.randbytes(size) for size in (1, 64, 4096, CONTROL_MAX_BYTES, CONTROL_MAX_BYTES + 1)]
+    # Its checksum holds; what it says is no manifest.
+    bad.append(push)
+    sent = 0
+    for greeted in (False, True):
+        for message in bad:
+            connection = await transport.connect(address, 5.0)
+            channel = Channel(connection)
+            if greeted:
+                await connection.send(np.frombuffer(hello, np.uint8), 5.0)
+                assert (await channel.read(5.0)).type is FrameType.WELCOME
+            sent += 1
+            try:
+                # The receiver may hang up before the send has ended.
+                await connection.send(np.frombuffer(message, np.uint8), 5.0)
+                await channel.read(5.0)
+            except PeerLost as error:
+                assert "no progress" not in str(error)
+            else:
+                raise AssertionError("garbage was answered")
+    write(garbage=sent)
 
 
 async def storm(transport: UcxTransport, address: str, connects: int) -> None:

@@ -6,7 +6,11 @@ from __future__ import annotations
 import torch
 import triton
 
-from stateferry_kernels.attention.triton_kernels import attend_kernel, write_pages_kernel
+from stateferry_kernels.attention.triton_kernels import (
+    attend_kernel,
+    join_kernel,
+    write_pages_kernel,
+)
 from stateferry_kernels.attention.triton_tables import kv_tables, kv_tiles
 from stateferry_kernels.guards import check_attention_inputs, check_kv_plan
 from stateferry_kernels.kv_layer import KvLayer, KvPlan
@@ -17,6 +21,10 @@ from stateferry_kernels.triton_inputs import dot_dtype, is_packed, packed
 _FEW_ROWS, _MANY_ROWS = 16, 64
 # Part of the order of a row's sums, like the blocks' absolute places.
 _KEYS, _KEYS_OF_WIDE_HEADS, _WIDE_HEAD = 64, 32, 128
+_SEGMENT = 512
+# Segments get a program each where fewer programs than these would have them all, and what they
+# leave (bytes) does not take too much memory.
+_BUSY, _MOST_SCRATCH = 1024, 1 << 28
 # Known to be compiled into wrong results on sm90: tiles of 64 rows in pipelined stages.
 _FEW_STAGES, _MANY_STAGES = 3, 1
 
@@ -67,9 +75,26 @@ def attention(
     one_each = len(plan.sequences) == plan.total_tokens
     few = one_each or q.dtype == torch.float32 or head_dim > _WIDE_HEAD
     block_rows = max(_FEW_ROWS if few else _MANY_ROWS, triton.next_power_of_2(group))
-    tiles = kv_tiles(plan, block_rows // group, q.device)
-    products = dot_dtype(q.dtype)
-    attend_kernel[(len(tiles) * kv_heads,)](
+    most_tokens = 1 if one_each else block_rows // group
+    tiles = kv_tiles(plan, most_tokens, q.device)
+    work, num_rows = len(tiles) * kv_heads, most_tokens * group
+    # As many as the table of pages has room for, which a captured launch cannot outgrow.
+    num_segments = triton.cdiv(pages.shape[1] * page_tokens, _SEGMENT)
+    if work > _BUSY or 4 * work * num_segments * num_rows * head_dim > _MOST_SCRATCH:
+        num_segments = 1
+    totals = accs = None
+    if num_segments > 1:
+        size = (work, num_segments, num_rows, head_dim)
+        accs = torch.empty(size, dtype=torch.float32, device=q.device)
+        totals = torch.empty((*size[:2], 2, num_rows), dtype=torch.float32, device=q.device)
+    sizes |= {
+        "GROUP": group,
+        "SEGMENT": _SEGMENT,
+        "ROWS": num_rows,
+        "BLOCK_R": block_rows,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+    }
+    attend_kernel[(work * num_segments,)](
         q,
         out,
         kv.keys,
@@ -77,19 +102,33 @@ def attention(
         tiles,
         tokens,
         pages,
+        totals,
+        accs,
         q.stride(0),
         out.stride(0),
         kv.keys.stride(0),
         kv.values.stride(0),
         pages.stride(0),
+        num_segments,
         scale,
-        GROUP=group,
-        DOT=products,
-        BLOCK_R=block_rows,
+        DOT=dot_dtype(q.dtype),
         BLOCK_K=_KEYS if head_dim <= _WIDE_HEAD else _KEYS_OF_WIDE_HEADS,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         num_warps=4,
         num_stages=_FEW_STAGES if block_rows < _MANY_ROWS else _MANY_STAGES,
         enable_fp_fusion=False,
         **sizes,
     )
+    if num_segments > 1:
+        sizes.pop("PAGE")
+        join_kernel[(work,)](
+            out,
+            tiles,
+            tokens,
+            totals,
+            accs,
+            out.stride(0),
+            num_segments,
+            num_warps=4,
+            enable_fp_fusion=False,
+            **sizes,
+        )

@@ -175,13 +175,19 @@ def _within(total, C, B, x, row_cumsum, cumsum, dt, row, k, DOT: tl.constexpr):
 
 @triton.jit
 def _added(total, x, B, last, cumsum, dt, DOT: tl.constexpr):
-    """total + what the entries add to the state, (headdim, dstate).
+    """total + what the entries add to the state at the interval's end, (headdim, dstate)."""
+    return _added_by(total, x, B, exp2(last - cumsum) * dt, DOT)
+
+
+@triton.jit
+def _added_by(total, x, B, weights, DOT: tl.constexpr):
+    """total + the entries' x times their weights times B, (headdim, dstate).
 
     A product of bf16 would leave the state 8 bits of x times its weight; two hold 16, and a state
     lives long. The first 8 are cut off, not rounded, which is an instruction less, and taken from
     the result of an fma, which no compiler can join with the difference in one kernel alone.
     """
-    weights = tl.broadcast_to((exp2(last - cumsum) * dt)[:, None], x.shape)
+    weights = tl.broadcast_to(weights[:, None], x.shape)
     weighted = tl.fma(x.to(tl.float32), weights, tl.zeros_like(weights))
     if DOT == tl.float32:  # noqa: SIM300
         return tl.dot(tl.trans(weighted), B, total, input_precision="ieee")

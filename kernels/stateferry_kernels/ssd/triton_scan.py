@@ -40,7 +40,7 @@ def launch_scan(
     _, nheads, headdim, dstate = state.ssm_state.shape
     size = dot_dtype(state.tail_x.dtype).primitive_bitwidth // 8
     work = len(walks.walks) * nheads
-    tile = tile or scan_tile(size, headdim, dstate, state.grid, nheads // _ngroups(state))
+    tile = tile or scan_tile(size, headdim, dstate, state.grid, nheads // _ngroups(state), work)
     if tile is None:
         return launch_walks(walks, batch, params, state)
     tile.check_covers(headdim)
@@ -126,7 +126,7 @@ def _split(
         BLOCK_N=state_block(dstate),
         BLOCK_R=tile.block_rows,
         num_warps=tile.num_warps,
-        num_stages=1,
+        num_stages=tile.num_stages,
     )
 
 

@@ -19,8 +19,8 @@ class SplitTile:
     """Two kernels: the states that intervals begin with, then all rows.
 
     Raises ValueError for tiles that Triton compiles into wrong results on sm90: of 64 rows, in
-    pipelined stages, by whole warp groups. The second kernel has one stage for that reason (with
-    three it gave NaN for headdim 80).
+    pipelined stages, by whole warp groups. (With three stages and 64 rows the second kernel gave
+    NaN for headdim 80.)
     """
 
     starts_headdim: int
@@ -32,10 +32,14 @@ class SplitTile:
     rest: int  # a smaller block for the channels after the first block_headdim; 0 for none
     block_rows: int
     num_warps: int
+    num_stages: int = 1  # of the second kernel's pipeline through heads
 
     def __post_init__(self) -> None:
-        by_warp_groups = self.starts_warps % 4 == 0 and self.starts_stages > 1
-        if by_warp_groups and self.starts_headdim % 64 == 0:
+        starts = (self.starts_headdim, self.starts_warps, self.starts_stages)
+        rows = (self.block_rows, self.num_warps, self.num_stages)
+        for block, num_warps, num_stages in (starts, rows):
+            if block % 64 or num_warps % 4 or num_stages == 1:
+                continue
             raise ValueError(f"{self}: Triton miscompiles these on sm90")
 
     def check_covers(self, headdim: int) -> None:
@@ -53,13 +57,19 @@ class SplitTile:
 
 @lru_cache(maxsize=4096)
 def scan_tile(
-    product_bytes: int, headdim: int, dstate: int, grid: int, per_group: int
+    product_bytes: int,
+    headdim: int,
+    dstate: int,
+    grid: int,
+    per_group: int,
+    work: int | None = None,
 ) -> SplitTile | None:
     """The tiles for per_group heads in a group; None where only the walk of the grid form is there:
     shapes that nobody has tried these kernels on. product_bytes: of an element that products
-    take."""
-    for *shape, up_to_grid, numbers in _rows():
-        if shape == [product_bytes, headdim, dstate] and grid <= up_to_grid:
+    take; work: walks * nheads, many where it is None."""
+    for *shape, up_to_grid, up_to_work, numbers in _rows():
+        fits = up_to_work is None or (work is not None and work <= up_to_work)
+        if shape == [product_bytes, headdim, dstate] and grid <= up_to_grid and fits:
             tile = SplitTile(*numbers)
             return replace(
                 tile,

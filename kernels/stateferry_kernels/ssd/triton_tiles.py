@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,31 @@ def grid_form_tile(
     raise ValueError(f"{_TABLE.name}: no row for {shape}")
 
 
+@lru_cache(maxsize=4096)
+def row_tile(product_bytes: int, headdim: int, dstate: int, grid: int, rows: int) -> GridFormTile:
+    """The tile of kernels that evaluate ``rows`` of an interval at most and fold nothing. Its
+    blocks of tokens are those of ``grid_form_tile``."""
+    tile = grid_form_tile(product_bytes, headdim, dstate, grid, min(rows, _SMALLEST_DOT), 1)
+    shape = (product_bytes, headdim, dstate, rows)
+    for *limits, block_headdim, num_warps in _table()["row_tiles"]:
+        limited = zip(limits, shape, strict=True)
+        if all(limit is None or size <= limit for limit, size in limited):
+            block = min(block_headdim, covering_block(headdim))
+            return replace(tile, block_headdim=block, num_warps=num_warps, num_stages=1)
+    return tile
+
+
 def covering_block(size: int) -> int:
     """The smallest block that covers size."""
     return max(_SMALLEST_DOT, 1 << (size - 1).bit_length())
 
 
 @cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(_TABLE.read_text())
+    return table
+
+
 def _rows() -> list[list[Any]]:
-    rows: list[list[Any]] = json.loads(_TABLE.read_text())["rows"]
+    rows: list[list[Any]] = _table()["rows"]
     return rows

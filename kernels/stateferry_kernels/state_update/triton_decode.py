@@ -8,7 +8,7 @@ import math
 import torch
 
 from stateferry_kernels.layer_state import LayerState, SsmLayerParams
-from stateferry_kernels.ssd.triton_tiles import GridFormTile, grid_form_tile
+from stateferry_kernels.ssd.triton_tiles import GridFormTile, row_tile
 from stateferry_kernels.ssd.triton_walk import Batch, state_block
 from stateferry_kernels.state_update.triton_decode_kernels import (
     decode_rows_kernel,
@@ -21,11 +21,11 @@ _HEADS = 16
 
 
 def decode_tile(state: LayerState, num_rows: int) -> GridFormTile | None:
-    """The tile of the two kernels; None where an interval does not fit in a block of tokens, so
-    that only the walk of the grid form computes it."""
-    _, nheads, headdim, dstate = state.ssm_state.shape
+    """The tile of the kernels that evaluate num_rows of an interval at most; None where an interval
+    does not fit in a block of tokens, so that only the walk of the grid form computes it."""
+    _, _, headdim, dstate = state.ssm_state.shape
     size = dot_dtype(state.tail_x.dtype).primitive_bitwidth // 8
-    tile = grid_form_tile(size, headdim, dstate, state.grid, 1, num_rows * nheads)
+    tile = row_tile(size, headdim, dstate, state.grid, num_rows)
     return tile if tile.block_tokens >= state.grid else None
 
 

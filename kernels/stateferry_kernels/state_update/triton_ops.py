@@ -37,8 +37,10 @@ from stateferry_kernels.state_update.triton_tables import (
     commit_tables,
     decode_rows,
     decode_tables,
+    draft_tables,
     verify_tables,
 )
+from stateferry_kernels.state_update.triton_verify import launch_verify
 
 
 def decode_row(
@@ -64,7 +66,7 @@ def decode_row(
     rows = decode_rows(plan, x.device)
     if not len(rows):
         return
-    tile = decode_tile(state, len(rows))
+    tile = decode_tile(state, 1)
     if tile is not None:
         launch_decode(rows, batch, params, state, tile)
         return
@@ -109,6 +111,11 @@ def verify(
     check_verify_plan(plan, state, drafts)
     batch = Batch.of(x, dt, B, C, z, out)
     if not plan.num_rows:
+        return
+    draft = draft_tables(plan, x.device)
+    tile = decode_tile(state, draft.walks.rows)
+    if tile is not None:
+        launch_verify(draft, batch, params, state, drafts, tile)
         return
     tables = verify_tables(plan, x.device)
     processed = launch_walks(tables.walks, batch, params, state)

@@ -21,6 +21,17 @@ class RowTables(NamedTuple):
     left: torch.Tensor
 
 
+class DraftTables(NamedTuple):
+    """Walks along the paths of drafts, for triton_verify_kernels.py; int64."""
+
+    walks: Walks
+    # (num_intervals, 4): draft page, the row of the batch that is row 0 there, the fold that the
+    # interval begins with, the fold that is its end; -1 for none
+    places: torch.Tensor
+    ends: torch.Tensor  # (num_folds, 2): interval, the slot of the state that it begins with
+    carries: bool  # whether some interval goes on with the state of the one before it
+
+
 class CommitTables(NamedTuple):
     walks: Walks
     windows: torch.Tensor  # (num_commits, 4) int64: source slot, target slot, page, rows
@@ -80,14 +91,11 @@ def commit_tables(plan: CommitPlan, device: torch.device) -> CommitTables:
 def verify_tables(plan: VerifyPlan, device: torch.device) -> RowTables:
     key = f"verify_triton:{device}"
     if key not in plan.cache:
-        walks: list[list[Interval]] = []
-        paths: list[int] = []
+        walks, paths, places = _draft_walks(plan)
         left: list[tuple[int, int, int, int]] = []
         num_intervals, first_row = 0, 0
-        for sequence in plan.sequences:
-            walk, places = _draft_walk(sequence, first_row, plan.grid, paths)
-            walks.append(walk)
-            for node, (interval, entry) in enumerate(places):
+        for sequence, walk, of_node in zip(plan.sequences, walks, places, strict=True):
+            for node, (interval, entry) in enumerate(of_node):
                 place = (num_intervals + interval) * plan.grid + entry
                 left.append((first_row + node, place, sequence.draft_page, node))
             num_intervals += len(walk)
@@ -97,6 +105,54 @@ def verify_tables(plan: VerifyPlan, device: torch.device) -> RowTables:
         )
     tables: RowTables = plan.cache[key]
     return tables
+
+
+def draft_tables(plan: VerifyPlan, device: torch.device) -> DraftTables:
+    key = f"draft_triton:{device}"
+    if key not in plan.cache:
+        walks, paths, _ = _draft_walks(plan)
+        places: list[tuple[int, int, int, int]] = []
+        ends: list[tuple[int, int]] = []
+        first_row, carries = 0, False
+        for sequence, walk in zip(plan.sequences, walks, strict=True):
+            begins_with = -1
+            for interval in walk:
+                if interval.state_slot != CARRY_ON:
+                    begins_with = -1
+                fold = -1
+                if interval.folds:
+                    fold = len(ends)
+                    ends.append((len(places), sequence.state_slot))
+                carries |= interval.state_slot == CARRY_ON and begins_with < 0
+                places.append((sequence.draft_page, first_row, begins_with, fold))
+                if interval.folds:
+                    begins_with = fold
+            first_row += len(sequence.parents)
+        plan.cache[key] = DraftTables(
+            walk_tables(walks, paths, device),
+            device_table(places, 4, device),
+            device_table(ends, 2, device),
+            carries,
+        )
+    tables: DraftTables = plan.cache[key]
+    return tables
+
+
+def _draft_walks(
+    plan: VerifyPlan,
+) -> tuple[list[list[Interval]], list[int], list[list[tuple[int, int]]]]:
+    """Each sequence's walk, the rows of the batch along all paths, and each sequence's nodes'
+    (interval, entry)."""
+    walks: list[list[Interval]] = []
+    paths: list[int] = []
+    places: list[list[tuple[int, int]]] = []
+    first_row = 0
+    for sequence in plan.sequences:
+        walk, of_node = _draft_walk(sequence, first_row, plan.grid, paths)
+        walks.append(walk)
+        places.append(of_node)
+        first_row += len(sequence.parents)
+    return walks, paths, places
 
 
 def accept_tables(plan: AcceptPlan, device: torch.device) -> AcceptTables:

@@ -1,7 +1,7 @@
 """The public API's requests: bytes -> validated request.
 
 Together with its neighbours sampling_fields and answer_codec the only place where public pb2 fields
-are touched. Requests arrive as raw bytes, because a parser
+are read; the HTTP door writes requests. Requests arrive as raw bytes, because a parser
 that runs inside gRPC answers INTERNAL without naming a field. Checks go from cheap to dear, and all
 of them come before tokenising or allocating anything; none of their messages repeats the prompt.
 """

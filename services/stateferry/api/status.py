@@ -16,6 +16,8 @@ _CODES: tuple[tuple[type[errors.StateferryError], grpc.StatusCode], ...] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    # Between workers and the router alone: not the one that says so is gone, but who it pushes to.
+    (errors.PeerLost, grpc.StatusCode.ABORTED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.TicketError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.Refused, grpc.StatusCode.FAILED_PRECONDITION),
@@ -91,6 +93,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError, who: str) -> errors.StateferryEr
         return errors.GuideBroke(text)
     if code is grpc.StatusCode.INTERNAL:
         return errors.InvariantViolation(f"{who}: {text}")
+    if code is grpc.StatusCode.ABORTED:
+        return errors.PeerUnreachable(f"{who}: {text}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return errors.WorkerLost(f"{who} went away: {text}")
     return errors.Unavailable(f"{who}: {code.name}: {text}")

@@ -1,4 +1,4 @@
-"""The error tree. ``api/status.py`` maps it, once, to gRPC status codes.
+"""The error tree. api/status.py maps it to gRPC status codes, http_front/errors.py to HTTP's.
 
 ::
 
@@ -11,6 +11,7 @@
         - NoWorker              no live worker of a role fits the request
         - WorkerLost            a worker went away in the middle of a request
         - PeerLost              a transfer endpoint broke or stopped making progress
+        - PeerUnreachable       a worker reports such of its peer; what the router makes of it
       + Refused                 a message that is well formed but must not be honoured
         - TicketError           forged, expired, reused, or meant for another worker or epoch
         - HandshakeMismatch     two workers disagree on a fingerprint; names the field
@@ -71,6 +72,10 @@ class WorkerLost(Unavailable):
 
 class PeerLost(Unavailable):
     """A transfer endpoint broke, or made no progress within its deadline."""
+
+
+class PeerUnreachable(Unavailable):
+    """A worker says that the one which it hands over to, or takes over from, is not there."""
 
 
 class Refused(StateferryError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stateferry.core.errors import HandshakeMismatch
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 @dataclass(frozen=True, slots=True)

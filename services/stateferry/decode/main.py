@@ -76,7 +76,12 @@ async def run_decode(
     )
     transport = build_transport(config.transfer, config.worker.host, config.worker.transfer_port)
     receiver = HandoffReceiver(
-        transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
+        transport,
+        host.key,
+        parts.fingerprint,
+        transfer_limits(config.transfer),
+        clock,
+        host.cluster_key,
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.DECODE, host.key, clock)
     steering = Steering(parts.rules)

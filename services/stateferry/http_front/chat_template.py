@@ -90,7 +90,7 @@ class ChatTemplate:
 
 
 class _GenerationBlocks(Extension):
-    """``{% generation %}`` marks what to train on; for us, what is inside is text like any other."""
+    """``{% generation %}`` marks what to train on; what is inside is text like any other."""
 
     tags = {"generation"}  # noqa: RUF012
 

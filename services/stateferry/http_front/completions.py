@@ -28,7 +28,10 @@ def read_completion(content: dict[str, Any]) -> Order:
     best_of = fields.whole("best_of")
     if best_of is not None and best_of != (message.n if message.HasField("n") else 1):
         raise InvalidRequest("best_of", "is only supported where it equals n")
+    if message.echo and message.n > 1:
+        raise InvalidRequest("echo", "is only supported with n = 1")
     fields.only("suffix", "")
+    fields.only("store", False)
     _fill_prompt(message, fields.any(PROMPT_FIELD))
     delivery = read_delivery(fields)
     fields.refuse_others()

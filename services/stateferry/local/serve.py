@@ -10,7 +10,7 @@ from rich.console import Console
 
 from stateferry.config import Config
 from stateferry.core.errors import Unavailable
-from stateferry.local.cluster import LocalCluster
+from stateferry.local.cluster import ROUTER, LocalCluster
 from stateferry.local.tables import address_table
 from stateferry.local.view import ClusterView
 
@@ -45,6 +45,8 @@ def serve(config: Config, prefill: int, decode: int, *, show_logs: bool = True) 
             soft_wrap=True,
             highlight=False,
         )
+        if http := cluster.addresses[ROUTER].get("http"):
+            console.print(f"OpenAI clients: http://{http}/v1", soft_wrap=True, highlight=False)
         while cluster.num_running and not stopping.wait(_POLL_S):
             pass
         console.print("stopping" if stopping.is_set() else "no process is left")

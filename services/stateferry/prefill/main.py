@@ -44,7 +44,12 @@ async def run_prefill(
     # Now, not at the first hand-off: loading UCX takes half a second.
     log.info("transfer: %s", transport.describe())
     sender = HandoffSender(
-        transport, host.key, parts.fingerprint, transfer_limits(config.transfer), clock
+        transport,
+        host.key,
+        parts.fingerprint,
+        transfer_limits(config.transfer),
+        clock,
+        host.cluster_key,
     )
     desk = TicketDesk(TicketSigner(host.cluster_key), Role.PREFILL, host.key, clock)
     steering = Steering(parts.rules)

@@ -1,4 +1,4 @@
-"""One attempt's hand-off: pages of keys and values while later slices compute, then all the rest."""
+"""One attempt's hand-off: KV pages while later slices compute, then all the rest."""
 
 from __future__ import annotations
 

@@ -27,7 +27,14 @@ import grpc
 
 from stateferry.api import worker_codec as codec
 from stateferry.api.status import error_from_rpc
-from stateferry.core.errors import InvalidRequest, InvariantViolation, StateferryError, WorkerLost
+from stateferry.core.errors import (
+    HandoffError,
+    InvalidRequest,
+    InvariantViolation,
+    PeerUnreachable,
+    StateferryError,
+    WorkerLost,
+)
 from stateferry.core.ids import WorkerKey
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import FinishReason, SampledToken
@@ -308,8 +315,8 @@ class Attempt:
             failure = grpc.aio.AioRpcError(code, nothing, nothing, await call.details())
             lost = error_from_rpc(failure, self._decode_name)
             decode = self._order.seats.placement.decode
-            if isinstance(lost, WorkerLost) and decode is not None:
-                self.suspects.add(decode.key)
+            assert decode is not None
+            self._suspect(lost, decode.key)
             raise lost
 
     async def _watch_loss(self, key: WorkerKey) -> None:
@@ -326,9 +333,20 @@ class Attempt:
             return await answer
         except grpc.aio.AioRpcError as error:
             failure = error_from_rpc(error, who)
-            if isinstance(failure, WorkerLost):
-                self.suspects.add(key)
+            self._suspect(failure, key)
             raise failure from error
+
+    def _suspect(self, failure: StateferryError, key: WorkerKey) -> None:
+        decode = self._order.seats.placement.decode
+        if isinstance(failure, WorkerLost):
+            self.suspects.add(key)
+        elif decode is None:
+            return
+        elif isinstance(failure, HandoffError):
+            # Either end may be to blame; the prefill worker has the prompt's end cached.
+            self.suspects.add(decode.key)
+        elif isinstance(failure, PeerUnreachable) and key == self._prefill_key:
+            self.suspects.add(decode.key)
 
     async def _from_decode(self, call: Any) -> Any:
         decode = self._order.seats.placement.decode

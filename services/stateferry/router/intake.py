@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 
 from stateferry.api import inference_codec as codec
+from stateferry.core.clock import Clock
 from stateferry.router.admission import Admission
-from stateferry.router.generate import Job
+from stateferry.router.generate import Generation, Job
 from stateferry.router.guides import GuideGate
+from stateferry.router.membership import WorkerRegistry
 from stateferry.router.model_info import ModelInfo
+from stateferry.router.observer import RouterObserver
 from stateferry.router.text import TextRules, Tokenizer
 
 
@@ -22,6 +25,17 @@ class Door:
     tokenizer: Tokenizer
     guides: GuideGate
     admission: Admission
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What another door than gRPC's needs of a router."""
+
+    door: Door
+    generation: Generation
+    registry: WorkerRegistry
+    clock: Clock
+    observer: RouterObserver
 
 
 async def make_job(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 
@@ -23,7 +24,7 @@ from stateferry.router.admission import Admission, AdmissionLimits
 from stateferry.router.channels import WorkerChannels
 from stateferry.router.generate import Generation, TicketOffice, Workers
 from stateferry.router.guides import GuideGate
-from stateferry.router.intake import Door
+from stateferry.router.intake import Backend, Door
 from stateferry.router.loss import LossBoard
 from stateferry.router.membership import WorkerRegistry
 from stateferry.router.membership_servicer import MembershipServicer
@@ -43,6 +44,19 @@ Announce = Callable[[dict[str, str]], None]
 GRACE_S = 5.0
 
 
+class OpenedDoor(Protocol):
+    """Another door to the same router, open."""
+
+    address: str
+
+    async def stop(self) -> None:
+        """Let requests finish for the grace that it was opened with, then end them."""
+
+
+# By configuration, model directory, router and grace (seconds); None where it is turned off.
+OpenDoor = Callable[[Config, Path, Backend, float], Awaitable[OpenedDoor | None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Router:
     """The parts of one router, wired together."""
@@ -54,6 +68,7 @@ class Router:
     channels: WorkerChannels
     watch: WorkerWatch
     tokenizer: Tokenizer
+    backend: Backend
 
     def register(self, server: grpc.aio.Server) -> list[str]:
         """Add both services; returns their full names."""
@@ -97,13 +112,19 @@ def build_router(
         channels=channels,
         watch=watch,
         tokenizer=tokenizer,
+        backend=Backend(door, generation, registry, clock, observer),
     )
 
 
 async def run_router(
-    config: Config, model_dir: Path, announce: Announce, stop: asyncio.Event
+    config: Config,
+    model_dir: Path,
+    announce: Announce,
+    stop: asyncio.Event,
+    open_http: OpenDoor | None = None,
 ) -> None:
-    """Serve until ``stop`` is set. ``announce`` gets the addresses once calls are accepted.
+    """Serve until ``stop`` is set. ``announce`` gets the addresses once calls are accepted;
+    ``open_http`` opens the HTTP door.
 
     Raises ConfigError or ModelError before it serves anything.
     """
@@ -120,22 +141,33 @@ async def run_router(
     guides = GuideGate(compiler)
     router = build_router(config, model, tokenizer, guides, SystemClock(), RouterMetrics(metrics))
     exporter = start_exporter(metrics, config.router.host, config.router.metrics_port)
+    http: OpenedDoor | None = None
     try:
-        await _serve(config, router, exporter.address, announce, stop)
+        if open_http is not None:
+            http = await open_http(config, model_dir, router.backend, GRACE_S)
+        await _serve(config, router, exporter.address, http, announce, stop)
     finally:
+        if http is not None:
+            await http.stop()
         tokenizer.close()
         guides.close()
         exporter.close()
 
 
 async def _serve(
-    config: Config, router: Router, metrics_address: str, announce: Announce, stop: asyncio.Event
+    config: Config,
+    router: Router,
+    metrics_address: str,
+    http: OpenedDoor | None,
+    announce: Announce,
+    stop: asyncio.Event,
 ) -> None:
     server = await start_server(config.router.host, config.router.port, router.register)
     sweeping = asyncio.create_task(router.watch.run(router.admission))
     stopping = asyncio.create_task(stop.wait())
     try:
-        announce({"grpc": server.address, "metrics": metrics_address})
+        addresses = {"grpc": server.address, "metrics": metrics_address}
+        announce(addresses if http is None else {**addresses, "http": http.address})
         # The sweeper ends only by a bug; without it lost workers would go unnoticed.
         await asyncio.wait({sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if sweeping.done():
@@ -143,7 +175,9 @@ async def _serve(
     finally:
         # Workers keep their streams open for ever; a stop that waits for them would take all grace.
         router.membership.close()
-        await server.stop(GRACE_S)
+        # Both doors at once: each has all of the grace.
+        doors = [] if http is None else [http.stop()]
+        await asyncio.gather(server.stop(GRACE_S), *doors)
         for task in (sweeping, stopping):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):

@@ -6,5 +6,7 @@
                                                                                         |
     decode worker <- Expectation <- HandoffReceiver <-----------------------------------+
 
-Segments are opaque: (kind, layer, dtype, shape, bytes). Nothing here knows a model.
+A hand-off may come in several parts, each pushed as above; the last one seals it. What both sides
+decide is in ``protocol``, without I/O. Segments are opaque: (kind, layer, dtype, shape, bytes).
+Nothing here knows a model.
 """

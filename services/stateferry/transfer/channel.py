@@ -43,11 +43,3 @@ class Channel:
         except FrameError:
             self.connection.abort()
             raise
-
-    async def read_answer(self, sequence: int, timeout_s: float) -> Frame:
-        """Like ``read``, for an answer to push number ``sequence``."""
-        frame = await self.read(timeout_s)
-        if frame.sequence != sequence:
-            self.connection.abort()
-            raise FrameError(f"an answer to push {frame.sequence}, not {sequence}")
-        return frame

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import enum
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 from stateferry.core.errors import (
     DeadlineExceeded,
     HandoffError,
     InvariantViolation,
-    Overloaded,
-    Refused,
     StateferryError,
 )
 from stateferry.core.ids import WorkerKey
-from stateferry.transfer.frames import RejectReason
 from stateferry.transfer.manifest import Manifest, Segment
+from stateferry.transfer.protocol.reasons import RejectReason
+from stateferry.transfer.protocol.receiving import AttemptBook, ExpectedPush, Landing, Phase
 from stateferry.transfer.staging import StagingBlock
 
-_REMEMBERED_CLOSED = 16384
+# Copies a part to where it belongs; called in order, and awaited before the last part is given.
+OnPart = Callable[["ReceivedHandoff"], Awaitable[None]]
 
 
 class ReceivedHandoff:
-    """A sealed hand-off: every segment arrived and matched its checksum.
+    """A sealed hand-off, or a part of one: every segment arrived and matched its checksum.
 
     The segments' ``data`` lie in staging and are gone after ``release``, which is idempotent; as a
     context manager it releases at the end. ``duration_s`` runs from the manifest to the seal.
@@ -71,43 +68,28 @@ class ReceivedHandoff:
         self.release()
 
 
-class _Status(enum.Enum):
-    WAITING = "waiting"
-    RECEIVING = "receiving"
-    SEALED = "sealed"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedPush:
-    """The one push that is allowed; ``max_bytes`` bounds its segments."""
-
-    request_id: str
-    epoch: int
-    sender: WorkerKey
-    max_bytes: int
-
-    @property
-    def attempt(self) -> tuple[str, int]:
-        return self.request_id, self.epoch
-
-
 class Expectation:
-    """Room reserved for one push. Its owner must end it: take the hand-off, or ``cancel``."""
+    """Room reserved for one hand-off. Its owner must end it: take the hand-off, or ``cancel``; and,
+    if it comes in parts, wait for ``settled`` before it gives the room to somebody else."""
 
-    def __init__(self, push: ExpectedPush, book: ExpectationBook) -> None:
+    def __init__(
+        self, push: ExpectedPush, book: ExpectationBook, on_part: OnPart | None = None
+    ) -> None:
         self.push = push
         self._book = book
-        self._status = _Status.WAITING
+        self._attempt = book.attempts.reserve(push)
+        self._on_part = on_part
+        self._copying: asyncio.Task[None] | None = None
         self._taken = False
         self._outcome: asyncio.Future[ReceivedHandoff] = asyncio.get_running_loop().create_future()
 
     async def sealed(self, timeout_s: float) -> ReceivedHandoff:
-        """Wait for the hand-off; the caller then owns it and must release it.
+        """Wait for the hand-off, of one in parts for its last part, once the others have been
+        copied; the caller then owns it and must release it.
 
         Raises DeadlineExceeded after ``timeout_s``, which also cancels; PeerLost when the sender
-        broke off in the middle; IntegrityError for wrong bytes; HandoffError when cancelled.
-        A cancelled wait changes nothing: ``cancel`` is still to be called.
+        broke off in the middle; IntegrityError for wrong bytes; HandoffError when cancelled; what
+        ``on_part`` raised. A cancelled wait changes nothing: ``cancel`` is still to be called.
         """
         if self._taken:
             raise InvariantViolation("the hand-off was taken already")
@@ -116,8 +98,26 @@ class Expectation:
             self.cancel()
             raise DeadlineExceeded(f"no hand-off within {timeout_s} s")
         received = self._outcome.result()
+        if self._copying is not None:
+            try:
+                await asyncio.shield(self._copying)
+            except BaseException:
+                received.release()
+                raise
         self._taken = True
         return received
+
+    async def settled(self) -> None:
+        """Returns once ``on_part`` is not running, and never will be again; after ``cancel``.
+        Never returns before that, even when cancelled."""
+        copying, cancelled = self._copying, False
+        while copying is not None and not copying.done():
+            try:
+                await asyncio.wait({copying})
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
 
     def cancel(self) -> None:
         """Give the reservation up, at any time; idempotent.
@@ -125,7 +125,7 @@ class Expectation:
         A later push is rejected. A transfer in flight is received to its end, or to its failure,
         and then dropped; only then is its staging free. A hand-off that was taken is not touched.
         """
-        if self._status is _Status.SEALED and not self._taken:
+        if self._attempt.phase is Phase.SEALED and not self._taken:
             self._outcome.result().release()
         self.fail(HandoffError("the hand-off was cancelled"))
 
@@ -138,89 +138,74 @@ class Expectation:
 
     @property
     def is_free(self) -> bool:
-        """Whether no push has claimed it so far."""
-        return self._status is _Status.WAITING
-
-    def begin(self) -> None:
-        self._status = _Status.RECEIVING
+        """Whether the next part may come: none is arriving, and more are wanted."""
+        return self._attempt.phase is Phase.WAITING
 
     def postpone(self) -> None:
         """The push was turned away for lack of staging; the sender may try again."""
-        if self._status is _Status.RECEIVING:
-            self._status = _Status.WAITING
+        self._book.attempts.postpone(self._attempt)
 
-    def seal(self, received: ReceivedHandoff) -> bool:
-        """Hand over. False if nobody wants it any more: the caller keeps ``received``."""
-        if self._status is not _Status.RECEIVING:
+    def land(self, received: ReceivedHandoff) -> bool:
+        """Hand over what has arrived. False if nobody wants it: the caller keeps ``received``."""
+        landing = self._book.attempts.land(self._attempt)
+        if landing is Landing.DROP:
             return False
-        self._status = _Status.SEALED
-        self._book.close(self, RejectReason.DUPLICATE)
+        if landing is Landing.KEEP:
+            self._copying = asyncio.ensure_future(self._copy(received, self._copying))
+            # Take its error: whoever waits for the hand-off gets it from there.
+            self._copying.add_done_callback(lambda task: task.cancelled() or task.exception())
+            return True
+        self._book.forget(self)
         self._outcome.set_result(received)
         return True
 
     def fail(self, error: StateferryError) -> None:
         """End it with ``error``, unless it has ended."""
-        if self._outcome.done():
+        if not self._book.attempts.close(self._attempt):
             return
-        self._status = _Status.CLOSED
-        self._book.close(self, RejectReason.CLOSED)
+        self._book.forget(self)
         self._outcome.set_exception(error)
         # Take it: an owner that has gone away must not cause a log entry.
         self._outcome.exception()
 
+    async def _copy(self, received: ReceivedHandoff, before: asyncio.Task[None] | None) -> None:
+        with received:
+            if before is not None:
+                await before
+            if self._on_part is None or self._attempt.phase is Phase.CLOSED:
+                return
+            try:
+                await self._on_part(received)
+            except StateferryError as error:
+                self.fail(error)
+                raise
+
 
 class ExpectationBook:
-    """All open expectations by attempt, and a bounded memory of those that have ended."""
+    """The machine's attempts, with what this process waits for behind each."""
 
     def __init__(self, me: WorkerKey, max_open: int) -> None:
-        self._me = me
-        self._max_open = max_open
+        self.attempts = AttemptBook(me, max_open)
         self._open: dict[tuple[str, int], Expectation] = {}
-        self._closed: OrderedDict[tuple[str, int], RejectReason] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self.attempts)
 
-    def add(self, push: ExpectedPush) -> Expectation:
+    def add(self, push: ExpectedPush, on_part: OnPart | None = None) -> Expectation:
         """Raises Overloaded when there are too many, Refused for an attempt used before."""
-        if push.attempt in self._open or push.attempt in self._closed:
-            raise Refused(f"request {push.request_id}, epoch {push.epoch} was expected before")
-        if len(self._open) >= self._max_open:
-            raise Overloaded(f"{self._max_open} hand-offs are expected already")
-        expectation = Expectation(push, self)
+        expectation = Expectation(push, self, on_part)
         self._open[push.attempt] = expectation
         return expectation
 
     def claim(self, manifest: Manifest, sender: WorkerKey) -> Expectation | RejectReason:
         """The expectation that this push of ``sender`` fulfils, now receiving; or why not."""
-        attempt = (manifest.request_id, manifest.epoch)
-        if manifest.receiver != self._me:
-            return RejectReason.WRONG_RECEIVER
-        expectation = self._open.get(attempt)
-        if expectation is None:
-            return self._closed.get(attempt) or self._no_such(manifest.request_id)
-        if sender != expectation.push.sender or sender != manifest.sender:
-            return RejectReason.WRONG_SENDER
-        if not expectation.is_free:
-            return RejectReason.DUPLICATE
-        if manifest.size_bytes > expectation.push.max_bytes:
-            return RejectReason.OVERSIZE
-        expectation.begin()
-        return expectation
+        claimed = self.attempts.claim(manifest.header, sender)
+        return claimed if isinstance(claimed, RejectReason) else self._open[claimed.push.attempt]
 
-    def close(self, expectation: Expectation, late_pushes: RejectReason) -> None:
-        """Forget an ended expectation, but remember what to answer to late pushes."""
-        attempt = expectation.push.attempt
-        self._open.pop(attempt, None)
-        self._closed[attempt] = late_pushes
-        if len(self._closed) > _REMEMBERED_CLOSED:
-            self._closed.popitem(last=False)
+    def forget(self, expectation: Expectation) -> None:
+        """It has ended."""
+        self._open.pop(expectation.push.attempt, None)
 
     def fail_all(self, error: StateferryError) -> None:
         for expectation in list(self._open.values()):
             expectation.fail(error)
-
-    def _no_such(self, request_id: str) -> RejectReason:
-        if any(request == request_id for request, _ in self._open):
-            return RejectReason.WRONG_EPOCH
-        return RejectReason.UNEXPECTED

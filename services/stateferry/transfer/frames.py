@@ -5,7 +5,7 @@
     sender                               receiver
     HELLO    who, to whom, fingerprint ->
              <- WELCOME | REFUSED        what differs
-    PUSH     manifest                  ->            one at a time per connection
+    PUSH     [MAC] manifest of a part  ->            one at a time per connection
              <- WAITING, repeated        there is no staging yet, but the receiver lives
              <- CREDIT | REJECT          staging is there, or why not
     DATA     raw bytes, in messages of DATA_MESSAGE_BYTES, the last one shorter
@@ -31,6 +31,7 @@ import google_crc32c
 from stateferry.core.errors import FrameError, Refused
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
+from stateferry.transfer.protocol.reasons import RejectReason as RejectReason
 from stateferry.transfer.wire import TEXT_MAX_BYTES, BodyReader, BodyWriter
 
 CONTROL_MAX_BYTES = 128 << 10
@@ -54,20 +55,6 @@ class FrameType(enum.Enum):
     FAILED = 8
     BYE = 9
     WAITING = 10
-
-
-class RejectReason(enum.Enum):
-    """Why a push was not honoured. ``value`` is for people, the position for the wire."""
-
-    UNEXPECTED = "nobody reserved room for it"
-    WRONG_EPOCH = "room was reserved for another attempt"
-    WRONG_SENDER = "room was reserved for another sender"
-    WRONG_RECEIVER = "it is meant for another worker or incarnation"
-    DUPLICATE = "it has arrived, or is arriving, already"
-    CLOSED = "its reservation was cancelled or has failed"
-    OVERSIZE = "it is larger than the room reserved"
-    OVERLOADED = "no staging became free in time"
-    INTEGRITY = "a segment differs from its checksum"
 
 
 _REASONS = tuple(RejectReason)

@@ -17,7 +17,7 @@ from stateferry.core.errors import (
 )
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
-from stateferry.transfer.blocking import crc32c, run_sized
+from stateferry.transfer.blocking import copy_with_crc32c, run_sized
 from stateferry.transfer.channel import Channel
 from stateferry.transfer.frames import (
     DATA_MESSAGE_BYTES,
@@ -38,11 +38,20 @@ from stateferry.transfer.manifest import (
     encode_manifest,
     segment_offsets,
 )
+from stateferry.transfer.protocol.sending import Answer, PartOffer, SendPhase
+from stateferry.transfer.push_mac import PushMac
 from stateferry.transfer.staging import StagingBlock, StagingPool
 from stateferry.transfer.transport import Transport
 
 _BYE_TIMEOUT_S = 0.2
 _SEQUENCE_MASK = 0xFFFFFFFF
+_ANSWERS = {
+    FrameType.WAITING: Answer.WAIT,
+    FrameType.CREDIT: Answer.CREDIT,
+    FrameType.REJECT: Answer.REJECT,
+    FrameType.SEALED: Answer.SEALED,
+    FrameType.FAILED: Answer.FAILED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,7 @@ class SenderShared:
     fingerprint: Fingerprint
     limits: TransferLimits
     staging: StagingPool
+    mac: PushMac
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class PushOrder:
     epoch: int
     payload: bytes
     segments: Sequence[OutgoingSegment]
+    part: int = 0
+    is_last: bool = True
 
 
 class _Push:
@@ -190,16 +202,18 @@ class Lane:
         except BaseException:
             block.release()
             raise
+        self._sequence = (self._sequence + 1) & _SEQUENCE_MASK
+        offer = PartOffer(self._sequence)
         try:
-            await self._transfer(channel, body, block)
+            await self._transfer(channel, offer, body, block)
         except (PushRejected, IntegrityError, Overloaded):
             # The peer answered, so both sides know where they are and nobody reads the staging.
             block.release()
             raise
         except BaseException:
-            # The peer may still be reading from the staging: never reuse it.
             channel.connection.abort()
-            channel.connection.when_idle(block.retire)
+            end = block.retire if offer.peer_may_read else block.release
+            channel.connection.when_idle(end)
             raise
         block.release()
         return channel.connection.name
@@ -214,28 +228,31 @@ class Lane:
                 receiver=self._receiver,
                 payload=order.payload,
                 segments=specs,
+                part=order.part,
+                is_last=order.is_last,
             )
         )
 
-    async def _transfer(self, channel: Channel, body: bytes, block: StagingBlock) -> None:
+    async def _transfer(
+        self, channel: Channel, offer: PartOffer, body: bytes, block: StagingBlock
+    ) -> None:
         limits = self._shared.limits
-        self._sequence = sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        await channel.send(FrameType.PUSH, sequence, body, limits.progress_timeout_s)
-        answer = await channel.read_answer(sequence, limits.progress_timeout_s)
-        while answer.type is FrameType.WAITING:
-            answer = await channel.read_answer(sequence, limits.progress_timeout_s)
-        if answer.type is FrameType.REJECT:
-            raise _rejection(decode_reason(answer.body))
-        if answer.type is not FrameType.CREDIT:
-            raise FrameError(f"a {answer.type.name} where a CREDIT was due")
-        for start in range(0, block.data.size, DATA_MESSAGE_BYTES):
-            message = block.data[start : start + DATA_MESSAGE_BYTES]
-            await channel.connection.send(message, limits.progress_timeout_s)
-        answer = await channel.read_answer(sequence, limits.progress_timeout_s)
-        if answer.type is FrameType.FAILED:
-            raise _rejection(decode_reason(answer.body))
-        if answer.type is not FrameType.SEALED:
-            raise FrameError(f"a {answer.type.name} where a SEALED was due")
+        body = self._shared.mac.wrap(offer.sequence, body)
+        await channel.send(FrameType.PUSH, offer.sequence, body, limits.progress_timeout_s)
+        while offer.phase is SendPhase.OFFERED:
+            await self._answer(channel, offer)
+        await channel.connection.send_run(block.data, DATA_MESSAGE_BYTES, limits.progress_timeout_s)
+        offer.sent()
+        await self._answer(channel, offer)
+
+    async def _answer(self, channel: Channel, offer: PartOffer) -> None:
+        """Feed the next answer to ``offer``. Raises what a refusal means."""
+        frame = await channel.read(self._shared.limits.progress_timeout_s)
+        answer = _ANSWERS.get(frame.type)
+        if answer is None:
+            raise FrameError(f"a {frame.type.name} is no answer to a push")
+        if offer.answered(frame.sequence, answer) is SendPhase.REFUSED:
+            raise _rejection(decode_reason(frame.body))
 
     async def _ready(self) -> Channel:
         if self._closed:
@@ -289,7 +306,7 @@ def _stage(
         block.data[end:start] = 0
         end = start + segment.size_bytes
         copy = block.data[start:end]
-        segment.copy_to(copy)
+        crc = copy_with_crc32c(segment.runs, copy)
         specs.append(
             SegmentSpec(
                 kind=segment.kind,
@@ -297,7 +314,8 @@ def _stage(
                 dtype=segment.dtype,
                 shape=segment.shape,
                 size_bytes=copy.nbytes,
-                crc32c=crc32c(copy),
+                crc32c=crc,
+                start=segment.start,
             )
         )
     return tuple(specs)

@@ -18,6 +18,7 @@ import torch
 from stateferry.core.errors import FrameError, InvariantViolation
 from stateferry.core.ids import WorkerKey
 from stateferry.transfer.blocking import Bytes
+from stateferry.transfer.protocol.receiving import PartHeader
 from stateferry.transfer.wire import BodyReader, BodyWriter
 
 PAYLOAD_MAX_BYTES = 16 << 10
@@ -25,7 +26,7 @@ MAX_SEGMENTS = 1024
 MAX_DIMS = 6
 MAX_TOTAL_BYTES = 1 << 40
 SEGMENT_ALIGN_BYTES = 64
-_MANIFEST_VERSION = 1
+_MANIFEST_VERSION = 2
 _NO_LAYER = 0xFFFF
 # Workers key their books by attempt: a client's id and a nonce. Opaque here, but may be logged.
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
@@ -67,13 +68,17 @@ _DTYPE_NAMES = tuple(_DTYPES)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """A labelled piece of memory: ``data`` is a contiguous, one-dimensional view of its bytes."""
+    """A labelled piece of memory: ``data`` is a contiguous, one-dimensional view of its bytes.
+
+    ``start``: where it begins along its first dimension, when the whole comes in several parts.
+    """
 
     kind: SegmentKind
     layer: int
     dtype: str
     shape: tuple[int, ...]
     data: Bytes
+    start: int = 0
 
     def __post_init__(self) -> None:
         _check_flat(self.data, f"{self.kind}, layer {self.layer}")
@@ -84,9 +89,10 @@ class Segment:
     def size_bytes(self) -> int:
         return self.data.nbytes
 
-    def copy_to(self, target: Bytes) -> None:
-        """Write all bytes to ``target``, which has their number."""
-        target[:] = self.data
+    @property
+    def runs(self) -> tuple[Bytes, ...]:
+        """Where the bytes lie, in order."""
+        return (self.data,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +104,7 @@ class ScatteredSegment:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Bytes, ...]
+    start: int = 0
 
     def __post_init__(self) -> None:
         for piece in self.pieces:
@@ -109,9 +116,10 @@ class ScatteredSegment:
     def size_bytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
 
-    def copy_to(self, target: Bytes) -> None:
-        """Write all bytes to ``target``, which has their number."""
-        np.concatenate(self.pieces, out=target)
+    @property
+    def runs(self) -> tuple[Bytes, ...]:
+        """Where the bytes lie, in order."""
+        return self.pieces
 
 
 OutgoingSegment = Segment | ScatteredSegment
@@ -127,11 +135,12 @@ class SegmentSpec:
     shape: tuple[int, ...]
     size_bytes: int
     crc32c: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One hand-off. ``payload`` is opaque; at most PAYLOAD_MAX_BYTES."""
+    """One part of a hand-off. ``payload`` is opaque; at most PAYLOAD_MAX_BYTES."""
 
     request_id: str
     epoch: int
@@ -139,6 +148,20 @@ class Manifest:
     receiver: WorkerKey
     payload: bytes
     segments: tuple[SegmentSpec, ...]
+    part: int = 0
+    is_last: bool = True
+
+    @property
+    def header(self) -> PartHeader:
+        return PartHeader(
+            self.request_id,
+            self.epoch,
+            self.sender,
+            self.receiver,
+            self.part,
+            self.is_last,
+            self.size_bytes,
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -146,17 +169,24 @@ class Manifest:
         return sum(spec.size_bytes for spec in self.segments)
 
 
-def segment_from_tensor(kind: SegmentKind | str, layer: int, tensor: torch.Tensor) -> Segment:
+def segment_from_tensor(
+    kind: SegmentKind | str, layer: int, tensor: torch.Tensor, start: int = 0
+) -> Segment:
     """A segment that shares ``tensor``'s memory. ``kind`` may be given by its name.
 
     The tensor must be contiguous and on the CPU. Raises InvariantViolation if not.
     """
     data = bytes_of(tensor, f"{kind}, layer {layer}")
-    return Segment(SegmentKind(kind), layer, dtype_name(tensor.dtype), tuple(tensor.shape), data)
+    dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+    return Segment(SegmentKind(kind), layer, dtype, shape, data, start)
 
 
 def segment_from_pieces(
-    kind: SegmentKind | str, layer: int, shape: tuple[int, ...], pieces: Sequence[torch.Tensor]
+    kind: SegmentKind | str,
+    layer: int,
+    shape: tuple[int, ...],
+    pieces: Sequence[torch.Tensor],
+    start: int = 0,
 ) -> ScatteredSegment:
     """A tensor of ``shape`` that lies in ``pieces``, whose memory is shared: one or more, of one
     dtype, each as ``segment_from_tensor`` wants them. Raises InvariantViolation if not."""
@@ -170,6 +200,7 @@ def segment_from_pieces(
         dtype=dtype_name(dtypes.pop()),
         shape=shape,
         pieces=tuple(bytes_of(piece, label) for piece in pieces),
+        start=start,
     )
 
 
@@ -204,6 +235,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
     body.u32(manifest.epoch)
     body.worker(manifest.sender)
     body.worker(manifest.receiver)
+    body.u16(manifest.part)
+    body.u8(manifest.is_last)
     body.blob(manifest.payload, PAYLOAD_MAX_BYTES)
     body.u32(len(manifest.segments))
     for spec in manifest.segments:
@@ -214,6 +247,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         for dim in spec.shape:
             body.u64(dim)
         body.u64(spec.size_bytes)
+        body.u32(spec.start)
         body.u32(spec.crc32c)
     _check(manifest)
     return body.finish()
@@ -227,13 +261,16 @@ def decode_manifest(body: bytes) -> Manifest:
         raise FrameError(f"manifest version {version}, not {_MANIFEST_VERSION}")
     request_id, epoch = reader.text(), reader.u32()
     sender, receiver = reader.worker(), reader.worker()
+    part, is_last = reader.u16(), reader.u8()
+    if is_last > 1:
+        raise FrameError(f"{is_last} is neither true nor false")
     payload = reader.blob(PAYLOAD_MAX_BYTES)
     num_segments = reader.u32()
     if num_segments > MAX_SEGMENTS:
         raise FrameError(f"{num_segments} segments, at most {MAX_SEGMENTS} are allowed")
     specs = tuple(_read_spec(reader) for _ in range(num_segments))
     reader.finish()
-    manifest = Manifest(request_id, epoch, sender, receiver, payload, specs)
+    manifest = Manifest(request_id, epoch, sender, receiver, payload, specs, part, bool(is_last))
     _check(manifest)
     return manifest
 
@@ -246,7 +283,13 @@ def _read_spec(reader: BodyReader) -> SegmentSpec:
         raise FrameError(f"{num_dims} dimensions, at most {MAX_DIMS} are allowed")
     shape = tuple(reader.u64() for _ in range(num_dims))
     return SegmentSpec(
-        _KINDS[kind_code], layer, _DTYPE_NAMES[dtype_code], shape, reader.u64(), reader.u32()
+        kind=_KINDS[kind_code],
+        layer=layer,
+        dtype=_DTYPE_NAMES[dtype_code],
+        shape=shape,
+        size_bytes=reader.u64(),
+        start=reader.u32(),
+        crc32c=reader.u32(),
     )
 
 

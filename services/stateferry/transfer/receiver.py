@@ -8,16 +8,19 @@ import logging
 from dataclasses import dataclass
 
 from stateferry.core.clock import Clock
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import Unavailable
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
 from stateferry.transfer.expectation import (
     Expectation,
     ExpectationBook,
-    ExpectedPush,
+    OnPart,
     ReceivedHandoff,
 )
 from stateferry.transfer.limits import TransferLimits
+from stateferry.transfer.protocol.receiving import ExpectedPush
+from stateferry.transfer.push_mac import PushMac
 from stateferry.transfer.session import ReceiverCounters, ReceiverShared, Session
 from stateferry.transfer.staging import StagingPool
 from stateferry.transfer.transport import Connection, Transport
@@ -51,7 +54,9 @@ class HandoffReceiver:
         fingerprint: Fingerprint,
         limits: TransferLimits,
         clock: Clock,
+        cluster_key: ClusterKey | None = None,
     ) -> None:
+        """With a ``cluster_key``, only pushes signed with it are honoured."""
         self._transport = transport
         self._shared = ReceiverShared(
             me=me,
@@ -61,6 +66,7 @@ class HandoffReceiver:
             staging=StagingPool(limits.staging_bytes),
             book=ExpectationBook(me, limits.max_expectations),
             counters=ReceiverCounters(),
+            mac=PushMac(cluster_key),
         )
         self._sessions: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -69,15 +75,25 @@ class HandoffReceiver:
         """Listen. Returns the address that senders connect to."""
         return await self._transport.listen(self._accept)
 
-    def expect(self, request_id: str, epoch: int, sender: WorkerKey, max_bytes: int) -> Expectation:
-        """Allow one push, of at most ``max_bytes`` of segments. Call it before the push may come.
+    def expect(
+        self,
+        request_id: str,
+        epoch: int,
+        sender: WorkerKey,
+        max_bytes: int,
+        on_part: OnPart | None = None,
+    ) -> Expectation:
+        """Allow one hand-off, of at most ``max_bytes`` of segments. Call it before it may come.
 
-        Raises Overloaded when too many are open, Refused for an attempt that was expected before,
+        With ``on_part`` it may come in parts: each but the last is given to that, in order, and its
+        staging is free again once that has ended; an error of it ends the hand-off. Raises
+        Overloaded when too many are open, Refused for an attempt that was expected before,
         Unavailable after ``close``.
         """
         if self._closed:
             raise Unavailable("the receiver is closed")
-        return self._shared.book.add(ExpectedPush(request_id, epoch, sender, max_bytes))
+        push = ExpectedPush(request_id, epoch, sender, max_bytes, in_parts=on_part is not None)
+        return self._shared.book.add(push, on_part)
 
     def snapshot(self) -> ReceiverSnapshot:
         return ReceiverSnapshot(

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stateferry.core.clock import Clock
+from stateferry.core.cluster_key import ClusterKey
 from stateferry.core.errors import Overloaded, Unavailable
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
 from stateferry.transfer.lane import Lane, PushOrder, SenderShared
 from stateferry.transfer.limits import TransferLimits
 from stateferry.transfer.manifest import OutgoingSegment
+from stateferry.transfer.push_mac import PushMac
 from stateferry.transfer.staging import StagingPool
 from stateferry.transfer.transport import Transport
 
@@ -52,9 +54,16 @@ class HandoffSender:
         fingerprint: Fingerprint,
         limits: TransferLimits,
         clock: Clock,
+        cluster_key: ClusterKey | None = None,
     ) -> None:
+        """With a ``cluster_key``, pushes are signed with it, for receivers that have it too."""
         self._shared = SenderShared(
-            transport, me, fingerprint, limits, StagingPool(limits.staging_bytes)
+            transport,
+            me,
+            fingerprint,
+            limits,
+            StagingPool(limits.staging_bytes),
+            PushMac(cluster_key),
         )
         self._clock = clock
         self._lanes: dict[tuple[str, WorkerKey], Lane] = {}
@@ -82,15 +91,25 @@ class HandoffSender:
         is full, IntegrityError when wrong bytes arrived, HandshakeMismatch, FrameError for a
         manifest beyond the limits or a peer that talks nonsense, PeerLost for all that breaks.
         """
+        order = PushOrder(request_id, epoch, payload, segments)
+        return await self.push_part(address, receiver, order)
+
+    async def push_part(self, address: str, receiver: WorkerKey, order: PushOrder) -> PushReceipt:
+        """Push one part of a hand-off, and wait until its checksums held over there.
+
+        Parts of an attempt go one after the other, numbered from 0; the last one seals it. What
+        was turned away with Overloaded may be pushed again, under its number. Otherwise as
+        ``push``, for all parts together.
+        """
         started_s = self._clock.monotonic_s()
-        size_bytes = sum(segment.size_bytes for segment in segments)
+        size_bytes = sum(segment.size_bytes for segment in order.segments)
         lane = self._lane(address, receiver)
         try:
-            transport = await lane.push(PushOrder(request_id, epoch, payload, segments))
+            transport = await lane.push(order)
         except BaseException:
             self._failed += 1
             raise
-        self._sealed += 1
+        self._sealed += order.is_last
         self._pushed_bytes += size_bytes
         return PushReceipt(size_bytes, self._clock.monotonic_s() - started_s, transport)
 

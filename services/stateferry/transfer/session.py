@@ -18,7 +18,8 @@ from stateferry.core.errors import (
 )
 from stateferry.core.fingerprint import Fingerprint
 from stateferry.core.ids import WorkerKey
-from stateferry.transfer.blocking import crc32c, run_sized
+from stateferry.transfer.arrival import ArrivalCheck
+from stateferry.transfer.blocking import ended, run_sized
 from stateferry.transfer.channel import Channel
 from stateferry.transfer.expectation import Expectation, ExpectationBook, ReceivedHandoff
 from stateferry.transfer.frames import (
@@ -34,6 +35,7 @@ from stateferry.transfer.frames import (
 )
 from stateferry.transfer.limits import TransferLimits
 from stateferry.transfer.manifest import Manifest, Segment, decode_manifest, segment_offsets
+from stateferry.transfer.push_mac import PushMac
 from stateferry.transfer.staging import StagingBlock, StagingPool
 from stateferry.transfer.transport import Connection
 
@@ -48,6 +50,7 @@ class ReceiverCounters:
     """Monotonic totals of one receiver."""
 
     received_bytes: int = 0
+    parts_received: int = 0
     handoffs_sealed: int = 0
     handoffs_failed: int = 0
     pushes_rejected: int = 0
@@ -68,6 +71,7 @@ class ReceiverShared:
     staging: StagingPool
     book: ExpectationBook
     counters: ReceiverCounters
+    mac: PushMac
 
 
 class Session:
@@ -130,7 +134,7 @@ class Session:
 
     async def _serve_push(self, frame: Frame, sender: WorkerKey) -> None:
         started_s = self._shared.clock.monotonic_s()
-        manifest = decode_manifest(frame.body)
+        manifest = decode_manifest(self._shared.mac.unwrap(frame.sequence, frame.body))
         claimed = self._admit(manifest, sender)
         if isinstance(claimed, RejectReason):
             await self._reject(frame.sequence, claimed)
@@ -204,8 +208,7 @@ class Session:
     ) -> None:
         try:
             await self._answer(FrameType.CREDIT, sequence)
-            await self._receive_data(block)
-            segments = await run_sized(manifest.size_bytes, lambda: _checked(manifest, block))
+            segments = await self._receive_data(manifest, block)
         except IntegrityError as error:
             block.release()
             self._shared.counters.handoffs_failed += 1
@@ -220,37 +223,55 @@ class Session:
             raise
         duration_s = self._shared.clock.monotonic_s() - started_s
         received = ReceivedHandoff(manifest, segments, block, self._connection.name, duration_s)
-        if not expectation.seal(received):
+        if not expectation.land(received):
             received.release()
             await self._fail(sequence, RejectReason.CLOSED)
             return
-        self._shared.counters.handoffs_sealed += 1
+        self._shared.counters.handoffs_sealed += manifest.is_last
+        self._shared.counters.parts_received += 1
         self._shared.counters.received_bytes += manifest.size_bytes
         await self._answer(FrameType.SEALED, sequence)
 
     async def _fail(self, sequence: int, reason: RejectReason) -> None:
         await self._answer(FrameType.FAILED, sequence, encode_reason(reason))
 
-    async def _receive_data(self, block: StagingBlock) -> None:
+    async def _receive_data(self, manifest: Manifest, block: StagingBlock) -> list[Segment]:
+        """Receive all messages, and check each while the next one arrives. Raises IntegrityError
+        after the last one; returns or raises only when no thread reads ``block`` any more."""
         timeout_s = self._shared.limits.progress_timeout_s
-        for start in range(0, block.data.size, DATA_MESSAGE_BYTES):
-            message = block.data[start : start + DATA_MESSAGE_BYTES]
-            await self._connection.recv_into(message, timeout_s)
+        check = ArrivalCheck(manifest.segments)
+        checking: asyncio.Future[None] | None = None
+        arriving = self._connection.recv_run(block.data, DATA_MESSAGE_BYTES, timeout_s)
+        try:
+            async with contextlib.aclosing(arriving):
+                async for end in arriving:
+                    if checking is not None:
+                        await ended(checking)
+                    checking = _started(check, block, end)
+        finally:
+            if checking is not None:
+                await ended(checking)
+        check.conclude()
+        return _as_segments(manifest, block)
 
 
 def _wire_bytes(manifest: Manifest) -> int:
     return segment_offsets([spec.size_bytes for spec in manifest.segments])[1]
 
 
-def _checked(manifest: Manifest, block: StagingBlock) -> list[Segment]:
-    """The segments as views of ``block``. Raises IntegrityError naming the first wrong one."""
+def _started(check: ArrivalCheck, block: StagingBlock, end: int) -> asyncio.Future[None]:
+    """Check up to ``end``, in a thread when that is much."""
+    run = block.data[check.end : end]
+    return asyncio.ensure_future(run_sized(run.size, lambda: check.advance(run)))
+
+
+def _as_segments(manifest: Manifest, block: StagingBlock) -> list[Segment]:
+    """The segments as views of ``block``."""
     offsets, _ = segment_offsets([spec.size_bytes for spec in manifest.segments])
     segments = []
     for spec, start in zip(manifest.segments, offsets, strict=True):
         data = block.data[start : start + spec.size_bytes]
-        if crc32c(data) != spec.crc32c:
-            raise IntegrityError(f"{spec.kind.value}, layer {spec.layer}: checksum mismatch")
-        segments.append(Segment(spec.kind, spec.layer, spec.dtype, spec.shape, data))
+        segments.append(Segment(spec.kind, spec.layer, spec.dtype, spec.shape, data, spec.start))
     return segments
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 from collections import deque
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from stateferry.core.errors import Overloaded
 from stateferry.transfer.blocking import Bytes, run_sized
 
 _MIN_BLOCK_BYTES = 64 << 10
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 class StagingBlock:
@@ -150,6 +152,11 @@ def _round_up(size_bytes: int) -> int:
 
 
 def _fresh_memory(capacity_bytes: int) -> Bytes:
-    memory = np.frombuffer(mmap.mmap(-1, capacity_bytes), dtype=np.uint8)
+    mapping = mmap.mmap(-1, capacity_bytes)
+    if capacity_bytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        # A request that a kernel without large pages declines.
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(mapping, dtype=np.uint8)
     memory.fill(0)
     return memory

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import itertools
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Protocol
 
 from stateferry.core.errors import PeerLost
 from stateferry.transfer.blocking import Bytes
+
+# Messages of one run that are on their way together.
+_UNDER_WAY = 2
 
 
 class Link(Protocol):
@@ -70,6 +75,22 @@ class Connection:
         """
         await self._run(self._link.recv_into(buffer), timeout_s)
 
+    async def send_run(self, data: Bytes, message_bytes: int, timeout_s: float) -> None:
+        """Send ``data`` in messages, the last one shorter, two of them under way at a time: the
+        gap between one message's end and the next one's begin costs more than many a message.
+
+        Raises PeerLost, also when one takes ``timeout_s``.
+        """
+        async for _ in self._in_messages(self.send, data, message_bytes, timeout_s):
+            pass
+
+    def recv_run(
+        self, buffer: Bytes, message_bytes: int, timeout_s: float
+    ) -> AsyncGenerator[int, None]:
+        """Receive what ``send_run`` sends. Yields up to where ``buffer`` has been filled, message
+        by message. Mutates ``buffer``; close the generator. Raises as ``recv_into`` does."""
+        return self._in_messages(self.recv_into, buffer, message_bytes, timeout_s)
+
     def abort(self) -> None:
         """Break the connection. Idempotent; never blocks for long."""
         self._aborted = True
@@ -81,6 +102,34 @@ class Connection:
             self._on_idle.append(callback)
         else:
             callback()
+
+    async def _in_messages(
+        self,
+        operate: Callable[[Bytes, float], Coroutine[Any, Any, None]],
+        run: Bytes,
+        message_bytes: int,
+        timeout_s: float,
+    ) -> AsyncGenerator[int, None]:
+        under_way: deque[tuple[int, asyncio.Task[None]]] = deque()
+        starts = iter(range(0, run.size, message_bytes))
+        try:
+            while True:
+                for start in itertools.islice(starts, _UNDER_WAY - len(under_way)):
+                    message = run[start : start + message_bytes]
+                    task = asyncio.ensure_future(operate(message, timeout_s))
+                    under_way.append((start + message.size, task))
+                if not under_way:
+                    return
+                end, task = under_way[0]
+                await asyncio.shield(task)
+                under_way.popleft()
+                yield end
+        finally:
+            if under_way:
+                self.abort()
+                tasks = [task for _, task in under_way]
+                for task in tasks:
+                    task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _run(self, operation: Coroutine[Any, Any, None], timeout_s: float | None) -> None:
         if not self.alive:

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from bench.gpu import kernel_tests, warm
+from bench.gpu.bench_attention import CASES, HEADS, bench_attention
 from bench.gpu.bench_rows import BATCHES, bench_decode, bench_verify
 from bench.gpu.bench_scan import LENGTHS, bench_scan, bench_snapshots
 from bench.gpu.ceilings import ceilings
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     warming = warm.start(options.peers)
     tests: dict[str, int] = {}
     if not options.no_tests:
-        tests = kernel_tests.run(options.out / "tests.log", max(1, (os.cpu_count() or 2) // 2))
+        workers = max(1, 3 * (os.cpu_count() or 2) // 4)
+        tests = kernel_tests.run(options.out / "tests.log", workers)
         note(f"tests: {tests}, in {options.out / 'tests.log'}")
     for process in warming:
         process.wait()
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     note(", ".join(f"{name} {value:.2f}" for name, value in limits.items()))
     rows: list[Row] = []
     for shape in SHAPES[: 1 if options.quick else None]:
+        shown = len(rows)
         for case in LENGTHS:
             rows += bench_scan(shape, case, peers)
         for grid in (64, 128):
@@ -61,6 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
                 rows += bench_decode(shape, batch, dtype, peers, limits["update_tbs"])
         rows += bench_verify(shape, 64, peers)
         note(shape.name)
+        # Already here, in case that the run is cut off.
+        print(table(rows[shown:]), flush=True)
+    for name in tuple(HEADS)[: 1 if options.quick else None]:
+        for case in CASES:
+            rows += bench_attention(name, case, limits["update_tbs"])
+    note("attention")
     gpu = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     result = result_of(rows, limits) | {

@@ -30,6 +30,7 @@ BATCHES = (1, 8, 64, 512)
 GRID = 64
 _POOL = 512
 GRID_FORM = f"{OURS}, grid form"
+PASSING = ", some pass the grid"
 
 
 def bench_decode(
@@ -85,6 +86,7 @@ def bench_verify(shape: Shape, batch: int, peers: Peers) -> list[Row]:
     token."""
     rows: list[Row] = []
     drafts = {f"T={n}": chain(n) for n in (2, 4, 8)} | {"tree of 16": tree_of_16()}
+    drafts |= {f"T=4{PASSING}": chain(4)}
     state = make_state(shape, 1 + batch, batch, GRID, torch.float32)
     slots = list(range(1, 1 + batch))
     on_device = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
@@ -109,7 +111,7 @@ def bench_verify(shape: Shape, batch: int, peers: Peers) -> list[Row]:
                     inputs.B,
                     inputs.C,
                     params=inputs.params,
-                    plan=verify_plan(slots, GRID, parents),
+                    plan=verify_plan(slots, GRID, parents, passing=PASSING in case),
                     state=state,
                     drafts=pages,
                     out=out,

@@ -159,9 +159,12 @@ def commit_plan(slots: list[int], fresh: list[int], grid: int) -> CommitPlan:
     return CommitPlan(grid, tuple(slots), tuple(fresh), tuple(range(len(slots))))
 
 
-def verify_plan(slots: list[int], grid: int, parents: tuple[int, ...]) -> VerifyPlan:
-    """No path passes the grid: one draft in grid / T does, and then reads its state twice."""
-    longest = grid - len(parents)
+def verify_plan(
+    slots: list[int], grid: int, parents: tuple[int, ...], *, passing: bool = False
+) -> VerifyPlan:
+    """Drafts at all places of the grid; passing: those where paths pass a grid point, too, which
+    take a state that is folded first."""
+    longest = grid if passing else grid - len(parents)
     rows = [row % longest for row in tail_rows(len(slots), grid)]
     return VerifyPlan(
         grid,
