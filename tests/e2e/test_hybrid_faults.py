@@ -1,5 +1,5 @@
-"""Workers of a hybrid die or stand still in mid-stream: who is answered well is answered right, and
-every slot and page comes back."""
+"""Workers of a hybrid die or stand still in mid-stream: everybody is answered, and right, and every
+slot and page comes back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import dataclasses
 import signal
 from pathlib import Path
 
-import grpc
 import pytest
 
 from e2e.asking import ask
@@ -44,15 +43,12 @@ async def test_a_worker_fails_under_load(hybrid: Path, name: str, number: signal
     requests = random_requests(60, seed=3, max_prompt=5 * GRID, max_tokens=(1, 2, 40, 90))
     engine, _ = local_engine(hybrid, grid=GRID)
     expected = await asyncio.to_thread(engine.generate, requests)
-    codes: list[grpc.StatusCode] = []
+    attempts: list[int] = []
 
     async def check(client: Client, request: GenerationRequest, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        try:
-            ids, logprobs, _ = await ask(client, request)
-        except grpc.aio.AioRpcError as error:
-            codes.append(error.code())
-            return
+        ids, logprobs, completion = await ask(client, request)
+        attempts.append(completion.attempts)
         output = expected[request.request_id]
         assert ids == output.token_ids
         assert logprobs == [token.logprob for token in output.tokens]
@@ -75,14 +71,11 @@ async def test_a_worker_fails_under_load(hybrid: Path, name: str, number: signal
                 cluster.kill(name, signal.SIGSTOP)
                 await asyncio.sleep(STILL_S if number is signal.SIGSTOP else GATHER_S)
                 cluster.kill(name, signal.SIGCONT if number is signal.SIGSTOP else number)
-            assert set(codes) <= {grpc.StatusCode.UNAVAILABLE} and len(codes) < len(requests)
-            assert codes or number is signal.SIGSTOP, "nobody was there when it died"
+            assert 1 in attempts and max(attempts) > 1, "nobody was there when it died"
             await wait_until_idle(client, within_s=20)
             # And those that are there go on.
-            codes.clear()
             again = [dataclasses.replace(r, request_id=f"{r.request_id}-again") for r in requests]
             expected |= {f"{key}-again": output for key, output in expected.items()}
             await asyncio.gather(*(check(client, request, 0.0) for request in again))
-            assert not codes
             await wait_until_idle(client, within_s=20)
         assert [death.name for death in cluster.deaths] == [name] * (number is signal.SIGKILL)
