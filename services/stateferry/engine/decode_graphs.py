@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ _Result = TypeVar("_Result")
 
 # Rows of the largest graph: eight bytes of the device for each.
 _MOST_ROWS = 4096
+_COMMITS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class DecodeGraphs:
         self._model, self._caches = model, caches
         self._page_tokens, self._longest = page_tokens, longest
         self._decodes: dict[int, _CapturedDecode] = {}
-        self._commits: dict[int, _CapturedCommit] = {}
+        self._commits: dict[int, deque[_CapturedCommit]] = {}
         # Graphs of one pool overwrite each other's memory. Commits run while a step's logits are
         # still wanted, so they have a pool of their own.
         self._decode_pool = torch.cuda.graph_pool_handle()
@@ -90,7 +92,8 @@ class DecodeGraphs:
         for rows in reversed(_sizes(most_rows)):
             if self._decode_of(rows) is None:
                 return
-            self._commit_of(rows)
+            for _ in range(_COMMITS_IN_FLIGHT):
+                self._commit_of(rows)
         took_s = time.perf_counter() - began_s
         log.info("captured decode steps of up to %d rows in %.1f s", most_rows, took_s)
 
@@ -150,16 +153,23 @@ class DecodeGraphs:
         return self._decodes.get(rows)
 
     def _commit_of(self, rows: int) -> _CapturedCommit:
-        if rows not in self._commits:
-            inputs = ReplayedCommit(self._caches.states[0], rows)
+        """In turns: the tables of one may be on their way behind a step that still runs, and nobody
+        should wait for that before the next is queued."""
+        made = self._commits.setdefault(rows, deque())
+        if len(made) < _COMMITS_IN_FLIGHT:
+            made.append(self._capture_commit(rows))
+        made.rotate()
+        return made[0]
 
-            def step() -> None:
-                self._model.commit(inputs.plan, self._caches)
+    def _capture_commit(self, rows: int) -> _CapturedCommit:
+        inputs = ReplayedCommit(self._caches.states[0], rows)
 
-            step()
-            graph, _ = _captured(step, self._commit_pool)
-            self._commits[rows] = _CapturedCommit(graph, inputs)
-        return self._commits[rows]
+        def step() -> None:
+            self._model.commit(inputs.plan, self._caches)
+
+        step()
+        graph, _ = _captured(step, self._commit_pool)
+        return _CapturedCommit(graph, inputs)
 
 
 def _captured(step: Callable[[], _Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, _Result]:
