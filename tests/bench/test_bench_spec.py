@@ -12,7 +12,6 @@ from bench.spec import tasks as tasks_module
 from bench.spec.__main__ import result_of
 from bench.spec.duel import Contender, Duel, run_duels
 from bench.spec.kernel_times import KernelRatio
-from bench.spec.plot import plot
 from bench.spec.states_moved import states_moved
 from bench.spec.tasks import HELD_OUT, OPEN, REPETITIVE, Task, tasks
 from stateferry.bundled import bundled_model_dir
@@ -61,5 +60,7 @@ def test_every_key_is_reported(tmp_path: Path) -> None:
     assert result["states_moved_per_verify"] == 1.04 and result["exact_mismatches"] == 0
     assert set(result) >= {"speedup_b8_repetitive", "acceptance", "kernel_time_ratio"}
     pytest.importorskip("matplotlib")
+    from bench.spec.plot import plot
+
     plot(duels, ratios, "title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

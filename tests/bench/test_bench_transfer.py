@@ -12,7 +12,6 @@ from bench.transfer.__main__ import result_of
 from bench.transfer.arms import ARMS, GRPC, OURS, SHM, UCX, peer
 from bench.transfer.hidden import Timeline, measure_hidden
 from bench.transfer.measure import MB, ShapeResult, SizeResult, measure_sizes
-from bench.transfer.plot import plot
 from bench.transfer.shapes import SHAPES, segments_in
 from stateferry.bundled import bundled_model_dir
 
@@ -71,5 +70,8 @@ def test_every_key_is_reported(tmp_path: Path) -> None:
     assert result["hidden_share"] == 0.5
     assert result["migration_32k_vs_1k"] is None and result["migration_vs_reprefill"] is None
     assert GRPC in str(result["gbps"]) and "KV cut" in shapes[0].note
+    pytest.importorskip("matplotlib")
+    from bench.transfer.plot import plot
+
     plot(sizes, shapes, timeline, "title", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0
