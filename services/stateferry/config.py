@@ -292,7 +292,7 @@ class TransferSection:
         "Most memory for hand-offs in flight, per process: room for one of the longest at least.",
         least=1,
     )
-    connect_timeout_s: float = setting(1.0, "Longest wait for a connection, seconds.", least=0.01)
+    connect_timeout_s: float = setting(3.0, "Longest wait for a connection, seconds.", least=0.01)
     progress_timeout_s: float = setting(
         5.0, "Longest silence inside a hand-off, seconds.", least=0.01
     )

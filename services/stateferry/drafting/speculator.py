@@ -114,6 +114,8 @@ class Speculator:
             match = sequence.drafter.match_length
             sequence.level = _level(match)
             most.append(min(row.most, self.most_guesses) if match else 0)
+        if not any(most):
+            return None
         trusts = [sequence.trust.of(sequence.level) for sequence in sequences]
         lengths = self._pays(trusts, most, self.cost)
         for sequence, length, could in zip(sequences, lengths, most, strict=True):
