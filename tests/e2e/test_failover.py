@@ -57,7 +57,8 @@ async def _kill_decode(two_decodes: LocalCluster, at: int) -> None:
         async with asyncio.timeout(60):
             await asyncio.gather(*tasks)
         assert [s.answer for s in disturbed] == [s.answer for s in expected]
-        assert {s.attempts for s in disturbed} == {1, 2}, "it had no streams, or all of them"
+        attempts = {s.attempts for s in disturbed}
+        assert 1 in attempts and max(attempts) > 1, "it had no streams, or all of them"
         assert {s.attempts for s in expected} == {1}
         assert await wait_until_idle(client, FREED_S) <= FREED_S
         assert two_decodes.wait_dead("decode-1", 5)
@@ -73,7 +74,7 @@ async def test_prefill_killed(tiny_hybrid: Path) -> None:
             cluster.kill("prefill-1", signal.SIGKILL)
             async with asyncio.timeout(60):
                 await asyncio.gather(*tasks)
-            assert 2 in {s.attempts for s in disturbed}, "it had nothing to do"
+            assert max(s.attempts for s in disturbed) > 1, "it had nothing to do"
             expected = [stream.again() for stream in disturbed]
             await run_all(client, expected)
             assert [s.answer for s in disturbed] == [s.answer for s in expected]
@@ -97,4 +98,4 @@ async def test_the_only_decode_worker_comes_back(tiny_model: Path) -> None:
             cluster.restart("decode-0")
             async with asyncio.timeout(60):
                 await task
-            assert disturbed.answer == expected.answer and disturbed.attempts == 2
+            assert disturbed.answer == expected.answer and disturbed.attempts > 1
