@@ -185,6 +185,8 @@ def check(
             assert output.finish_reason is expected.finish_reason
     parts.cache.check_conserved()
     assert speculator.counts.verifications and speculator.counts.drafted
+    hits = parts.cache.prefixes.counters
+    assert bool(hits.boundary_hit_tokens + hits.tail_hit_tokens) == cache.enabled
     return speculator
 
 
@@ -229,7 +231,8 @@ def test_trees(
 
 
 def test_trees_with_a_cache(model_dir: Path, cases: list[tuple[GenerationRequest, Output]]) -> None:
-    """Whose places for keys and values were copied back, and are read by others later."""
+    """Whose places for keys and values were copied back, and are read by others later: ``check``
+    sees that they were."""
     doubled = [*cases, *((replace(r, request_id=f"{r.request_id}+"), o) for r, o in cases)]
     cache = CacheSection(track_interval_tokens=CHUNK)
     for together in (False, True):
