@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import pytest_asyncio
 
-from stateferry.cache.reuse import Reuse
 from stateferry.cache.state_cache import StateCache
 from stateferry.core.clock import SystemClock
 from stateferry.core.errors import InvariantViolation
@@ -20,11 +18,10 @@ from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.decode.local_prefill import LocalPrefill
 from stateferry.decode.loop import DecodeLoop
-from stateferry.engine.forward_batch import ExtendBatch
-from stateferry.prefix.state_tracking import StateStrategy, StateTracking
 from stateferry.scheduler.decode import DecodeScheduler
+from support.running_decode import entered, extended_tokens, reusing_cache, running_loop
 from support.scripted_runner import Gate, NullMeter, ScriptedRunner
-from support.small_cache import GRID, KV, small_cache
+from support.small_cache import GRID
 
 LIMIT = 10
 FIRST = 5
@@ -80,11 +77,6 @@ class Bench:
     def known(self, ids: tuple[int, ...], salt: str = "") -> int:
         return self.cache.resumable_tokens(ask("?", ids, salt))
 
-    def extended(self) -> list[int]:
-        """Tokens that each extend computed."""
-        batches = [b for b in self.runner.planned if isinstance(b, ExtendBatch)]
-        return [sum(len(row.token_ids) for row in batch.rows) for batch in batches]
-
 
 @pytest_asyncio.fixture(params=[1, 2])
 async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
@@ -96,46 +88,21 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
 async def running_bench(
     max_in_flight: Literal[1, 2], *, max_sequences: int, cache_bytes: int
 ) -> AsyncIterator[Bench]:
-    plain = small_cache(max_sequences, kv=KV, max_context_tokens=8 * GRID, cache_bytes=cache_bytes)
-    tracking = StateTracking(StateStrategy.EXTRA_BUFFER, GRID, GRID)
-    cache = StateCache(plain.pools, plain.sizes, Reuse(True, "w", "l", tracking))
-    runner, clock = ScriptedRunner(), SystemClock()
+    cache = reusing_cache(max_sequences, max_context_tokens=8 * GRID, cache_bytes=cache_bytes)
+    runner = ScriptedRunner()
     scheduler = DecodeScheduler(cache, max_waiting=3, max_in_flight=max_in_flight)
-    with ThreadPoolExecutor(1) as executor:
-        loop = DecodeLoop(
-            scheduler,
-            cache,
-            runner,  # type: ignore[arg-type]
-            executor,
-            clock,
-            NullMeter(),
-        )
+    async with running_loop(scheduler, cache, runner, NullMeter()) as loop:
         prompts = LocalPrefill(
             cache,
             runner,  # type: ignore[arg-type]
             loop,
             scheduler,
-            clock,
+            SystemClock(),
             NullMeter(),
             limit_tokens=LIMIT,
         )
-        running = asyncio.ensure_future(loop.run())
         yield Bench(loop, prompts, scheduler, runner, cache)
-        # A step too many may be in flight.
-        async with asyncio.timeout(5):
-            while scheduler.num_active:
-                await asyncio.sleep(0.001)
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-    assert not prompts._held and not loop._streams
-    for count in (cache.state_slots, cache.tail_pages, cache.kv_pages):
-        assert count.free == count.total
-    cache.check_conserved()
-
-
-async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.wait, 5)
+    assert not prompts._held
 
 
 def fresh(length: int, first: int = 100) -> tuple[int, ...]:
@@ -155,7 +122,7 @@ async def test_the_next_turn_resumes_at_the_last_token_consumed(
     if len(consumed) < 2:
         return
     assert await bench.run(ask("b", turn)) == len(consumed)
-    assert bench.extended() == [2]
+    assert extended_tokens(bench.runner) == [2]
     assert bench.known((*turn, 7, 7, 7, 1)) == len(turn) + 3
 
 
@@ -238,7 +205,7 @@ async def test_where_what_is_known_and_the_prompt_do_not_fit_it_runs_elsewhere()
         assert not bench.prompts.begin(ask("b", (*consumed, 1)))
         assert bench.cache.state_slots.free == bench.cache.state_slots.total
         bench.cache.check_conserved()
-        assert not bench.extended()
+        assert not extended_tokens(bench.runner)
 
 
 async def test_a_prompt_that_is_known_to_its_end_runs_no_forward(bench: Bench) -> None:
@@ -246,7 +213,7 @@ async def test_a_prompt_that_is_known_to_its_end_runs_no_forward(bench: Bench) -
     turn = (*consumed, 1, 2)
     assert await bench.run(ask("b", turn)) == len(consumed)
     assert await bench.run(ask("c", turn)) == len(turn)
-    assert bench.extended() == [2, 0]
+    assert extended_tokens(bench.runner) == [2, 0]
 
 
 async def test_a_prompt_without_a_trusted_token_leaves_nothing(bench: Bench) -> None:
@@ -300,7 +267,7 @@ async def test_it_runs_behind_the_steps_in_flight_and_others_go_on(bench: Bench)
     await entered(gate)
     turn = asyncio.ensure_future(bench.run(ask("b", (*consumed, 1))))
     await asyncio.sleep(0.02)
-    assert bench.extended() == [1] and bench.runner.steps == 2, "planned, and not run"
+    assert extended_tokens(bench.runner) == [1] and bench.runner.steps == 2, "planned, and not run"
     bench.runner.before = lambda: None
     gate.open()
     assert await turn == len(consumed)

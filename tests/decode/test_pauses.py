@@ -5,25 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
 
-from stateferry.cache.reuse import Reuse
 from stateferry.cache.state_cache import StateCache
-from stateferry.core.clock import SystemClock
 from stateferry.core.errors import InvariantViolation
 from stateferry.core.request import GenerationRequest
 from stateferry.core.sampling import SamplingParams, StopConditions
 from stateferry.decode.loop import DecodeLoop
 from stateferry.engine.forward_batch import ExtendBatch
-from stateferry.prefix.state_tracking import StateStrategy, StateTracking
 from stateferry.scheduler.decode import DecodeScheduler
 from stateferry.scheduler.standing import Preemption
+from support.running_decode import entered, extended_tokens, reusing_cache, running_loop
 from support.scripted_runner import Gate, NullMeter, ScriptedRunner
-from support.small_cache import GRID, KV, small_cache
+from support.small_cache import GRID
 
 FIRST = 5
 
@@ -71,47 +68,17 @@ class Bench:
     def start(self, *args: object) -> asyncio.Task[list[int]]:
         return asyncio.ensure_future(self.run(*args))  # type: ignore[arg-type]
 
-    @property
-    def extends(self) -> list[int]:
-        batches = [b for b in self.runner.planned if isinstance(b, ExtendBatch)]
-        return [sum(len(row.token_ids) for row in batch.rows) for batch in batches]
-
 
 @pytest_asyncio.fixture(params=[1, 2], ids=["in turn", "overlap"])
 async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
-    plain = small_cache(1, kv=KV, max_context_tokens=12 * GRID, cache_bytes=200_000)
-    tracking = StateTracking(StateStrategy.EXTRA_BUFFER, GRID, GRID)
-    cache = StateCache(plain.pools, plain.sizes, Reuse(True, "w", "l", tracking))
+    cache = reusing_cache(1, max_context_tokens=12 * GRID, cache_bytes=200_000)
     runner, meter = ScriptedRunner(), Pauses()
     scheduler = DecodeScheduler(
         cache, max_waiting=9, max_in_flight=request.param, preemption=Preemption(GRID, GRID)
     )
-    with ThreadPoolExecutor(1) as executor:
-        loop = DecodeLoop(
-            scheduler,
-            cache,
-            runner,  # type: ignore[arg-type]
-            executor,
-            SystemClock(),
-            meter,
-        )
-        running = asyncio.ensure_future(loop.run())
+    async with running_loop(scheduler, cache, runner, meter) as loop:
         yield Bench(loop, scheduler, runner, cache, meter)
-        async with asyncio.timeout(5):
-            while scheduler.num_active:
-                await asyncio.sleep(0.001)
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-    assert not loop._streams and not loop._reserving and not scheduler.num_waiting
-    for count in (cache.state_slots, cache.tail_pages, cache.kv_pages):
-        assert count.free == count.total
     assert not len(cache.prefixes.protection)
-    cache.check_conserved()
-
-
-async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.wait, 5)
 
 
 async def begun(bench: Bench, name: str, tokens: int) -> None:
@@ -128,7 +95,7 @@ async def test_both_readers_see_every_index_once(bench: Bench, at: int) -> None:
     assert await high == list(range(1, 6))
     assert not low.done()
     assert await low == list(range(1, 40))
-    assert bench.meter.sequences == 1 and bench.extends
+    assert bench.meter.sequences == 1 and extended_tokens(bench.runner)
 
 
 async def test_one_that_is_lower_waits_and_nobody_pauses(bench: Bench) -> None:
